@@ -1,0 +1,67 @@
+"""Resource-aware training for PyTorch Lightning.
+
+State a budget; while the model trains, callbacks adapt its structure, the batch size and the learning rate, and
+record why. Names are imported when first used, so `import adaptrain` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from adaptrain.budget import Budget as Budget
+    from adaptrain.budget import Progress as Progress
+    from adaptrain.callbacks.base import AdaptiveCallback as AdaptiveCallback
+    from adaptrain.callbacks.batch_size import BatchSizeController as BatchSizeController
+    from adaptrain.callbacks.graceful_stop import GracefulStop as GracefulStop
+    from adaptrain.callbacks.learning_rate import LearningRateController as LearningRateController
+    from adaptrain.callbacks.monitor import ResourceMonitor as ResourceMonitor
+    from adaptrain.callbacks.pruning import ProgressivePruning as ProgressivePruning
+    from adaptrain.callbacks.random_state import RandomState as RandomState
+    from adaptrain.callbacks.wall_clock import WallClock as WallClock
+    from adaptrain.decisions import Decision as Decision
+    from adaptrain.decisions import DecisionLog as DecisionLog
+    from adaptrain.errors import ConfigurationError as ConfigurationError
+    from adaptrain.policies.sparsity import CosineSchedule as CosineSchedule
+    from adaptrain.policies.sparsity import CubicSchedule as CubicSchedule
+    from adaptrain.policies.sparsity import LinearSchedule as LinearSchedule
+    from adaptrain.policies.sparsity import OneShotSchedule as OneShotSchedule
+    from adaptrain.pruning.checkpoint import load_from_checkpoint as load_from_checkpoint
+    from adaptrain.resources import ResourceSnapshot as ResourceSnapshot
+
+_NAMES = {
+    "AdaptiveCallback": "adaptrain.callbacks.base",
+    "BatchSizeController": "adaptrain.callbacks.batch_size",
+    "Budget": "adaptrain.budget",
+    "ConfigurationError": "adaptrain.errors",
+    "CosineSchedule": "adaptrain.policies.sparsity",
+    "CubicSchedule": "adaptrain.policies.sparsity",
+    "Decision": "adaptrain.decisions",
+    "DecisionLog": "adaptrain.decisions",
+    "GracefulStop": "adaptrain.callbacks.graceful_stop",
+    "LearningRateController": "adaptrain.callbacks.learning_rate",
+    "LinearSchedule": "adaptrain.policies.sparsity",
+    "OneShotSchedule": "adaptrain.policies.sparsity",
+    "Progress": "adaptrain.budget",
+    "ProgressivePruning": "adaptrain.callbacks.pruning",
+    "RandomState": "adaptrain.callbacks.random_state",
+    "ResourceMonitor": "adaptrain.callbacks.monitor",
+    "ResourceSnapshot": "adaptrain.resources",
+    "WallClock": "adaptrain.callbacks.wall_clock",
+    "load_from_checkpoint": "adaptrain.pruning.checkpoint",
+}
+
+__all__ = ["__version__", *_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'adaptrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,54 @@
+"""The only package that imports Lightning or touches its private seams.
+
+Users have `pytorch_lightning`, `lightning.pytorch`, or both, and the two do not accept each other's classes.
+`Callback` here derives from every one that is installed, so that one callback serves both trainers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback
+else:
+
+    def _callback_bases() -> tuple[type, ...]:
+        bases = [import_module("pytorch_lightning").Callback]
+        if find_spec("lightning") is not None and find_spec("lightning.pytorch") is not None:
+            bases.append(import_module("lightning.pytorch").Callback)
+        return tuple(bases)
+
+    class Callback(*_callback_bases()):
+        """A callback that the trainers of both Lightning namespaces accept."""
+
+
+from adaptrain._lightning.trainer import (
+    all_reduce,
+    at_step_boundary,
+    broadcast,
+    is_rank_zero,
+    progress,
+    refuse_unsupported,
+    run_folder,
+    total_steps,
+)
+
+__all__ = [
+    "Callback",
+    "LightningDataModule",
+    "LightningModule",
+    "Trainer",
+    "all_reduce",
+    "at_step_boundary",
+    "broadcast",
+    "is_rank_zero",
+    "progress",
+    "refuse_unsupported",
+    "run_folder",
+    "seed_everything",
+    "total_steps",
+]

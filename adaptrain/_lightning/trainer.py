@@ -1,0 +1,106 @@
+"""Facts about a running trainer, read in one place.
+
+Nothing here checks a Lightning class: a trainer of either namespace has these attributes.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from adaptrain.errors import ConfigurationError
+
+
+def is_rank_zero(trainer: Any) -> bool:
+    """Whether this process is the one that writes files."""
+    return bool(trainer.is_global_zero)
+
+
+def total_steps(trainer: Any) -> int | None:
+    """Optimizer steps the run will take, or None where only time or a stop condition ends it."""
+    estimated = trainer.estimated_stepping_batches
+    return int(estimated) if math.isfinite(estimated) and estimated > 0 else None
+
+
+def progress(trainer: Any) -> float:
+    """The share of the run that is spent, in [0, 1].
+
+    A `WallClock` callback answers with its own clock counted in; without one it is the share of optimizer steps.
+    """
+    for callback in trainer.callbacks:
+        spent = getattr(callback, "progress_fraction", None)
+        if callable(spent):
+            return float(spent(trainer))  # pyright: ignore[reportArgumentType]
+    total = total_steps(trainer)
+    return min(1.0, trainer.global_step / total) if total else 0.0
+
+
+def at_step_boundary(trainer: Any) -> bool:
+    """In `on_train_batch_end`: whether the batch just done ended an accumulation window with an optimizer step."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def run_folder(trainer: Any) -> Path:
+    """Where the run's files go: the logger's folder, else the trainer's root. Call it on every rank."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def broadcast(trainer: Any, value: Any) -> Any:
+    """Returns rank zero's `value` on every rank. A collective: call it on every rank."""
+    return trainer.strategy.broadcast(value)
+
+
+def all_reduce(
+    values: list[float], *, op: Literal["mean", "sum", "max", "min"] = "mean", device: Any = None
+) -> list[float]:
+    """Reduces a few numbers over the ranks, so that all of them decide alike.
+
+    Args:
+        values: Numbers of this rank, the same count on every rank.
+        op: `"mean"`, `"sum"`, `"max"` or `"min"`.
+        device: Where to reduce; None: the CPU. NCCL needs the rank's CUDA device.
+
+    Returns:
+        The reduced numbers; `values` itself in a single process.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    kinds = {
+        "mean": dist.ReduceOp.SUM,
+        "sum": dist.ReduceOp.SUM,
+        "max": dist.ReduceOp.MAX,
+        "min": dist.ReduceOp.MIN,
+    }
+    dist.all_reduce(tensor, op=kinds[op])
+    if op == "mean":
+        tensor /= dist.get_world_size()
+    return tensor.tolist()
+
+
+def refuse_unsupported(trainer: Any, pl_module: Any, *, callback: str) -> None:
+    """Refuses, before training, what the seams cannot serve.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The user's LightningModule.
+        callback: The callback's class name, for the message.
+
+    Raises:
+        ConfigurationError: Manual optimization, or a strategy that shards parameters (FSDP, DeepSpeed).
+    """
+    if not pl_module.automatic_optimization:
+        raise ConfigurationError(
+            f"{callback} needs Lightning's automatic optimization, but {type(pl_module).__name__} sets"
+            " automatic_optimization=False. Return the loss from training_step, or leave this callback out."
+        )
+    strategy = type(trainer.strategy).__name__
+    if any(word in strategy for word in ("FSDP", "DeepSpeed", "ModelParallel", "XLA")):
+        raise ConfigurationError(
+            f"{callback} does not serve the strategy {strategy}: its parameters are sharded over the ranks."
+            " Use strategy='auto' or 'ddp', or leave this callback out."
+        )

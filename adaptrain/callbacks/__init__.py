@@ -1,0 +1,1 @@
+"""Thin Lightning callbacks: in a hook, read, ask a policy, apply, record."""
