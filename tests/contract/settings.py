@@ -1,0 +1,81 @@
+"""Every callback, set so that it truly acts within a short run. A callback that is missing here fails the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import adaptrain
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One callback under contract.
+
+    Args:
+        name: Its public name in `adaptrain`.
+        yaml: Its file in conf/callbacks, without the suffix.
+        arguments: Constructor arguments under which it acts in 18 steps of the toy run.
+        wrong: Arguments that must be refused, each with a part of the message expected.
+        knobs: The knobs it must have moved in the toy run.
+        has_dry_run: Whether it takes decisions at all.
+    """
+
+    name: str
+    yaml: str
+    arguments: Mapping[str, Any]
+    wrong: tuple[tuple[Mapping[str, Any], str], ...]
+    knobs: frozenset[str] = frozenset()
+    has_dry_run: bool = True
+
+    def build(self, **changes: Any) -> Any:
+        return getattr(adaptrain, self.name)(**(dict(self.arguments) | changes))
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting(
+            "BatchSizeController",
+            "batch_size",
+            {"micro_batch_size": 3},
+            (
+                ({"micro_batch_size": 0}, "micro_batch_size"),
+                ({"micro_batch_size": "big"}, "micro_batch_size"),
+                ({"split_by": "words"}, "split_by"),
+                ({"weight_by": "words"}, "weight_by"),
+                ({"memory_fraction": 1.5}, "memory_fraction"),
+                ({"memory_limit_gib": -1}, "memory_limit_gib"),
+            ),
+        ),
+        Setting(
+            "LearningRateController",
+            "learning_rate",
+            {},
+            (
+                ({"batch_scaling": "cubic"}, "batch_scaling"),
+                ({"plateau": "sometimes"}, "plateau"),
+            ),
+            frozenset({"learning_rate"}),
+        ),
+        Setting(
+            "ProgressivePruning",
+            "pruning",
+            {"target": {"flops": 0.6}, "schedule": adaptrain.CubicSchedule(begin=0.2, end=0.7, events=2)},
+            (
+                ({"target": {"latency": 1.7}}, "latency"),
+                ({"target": {"speed": 0.5}}, "speed"),
+                ({"importance": "luck"}, "importance"),
+                ({"groups": ("heads", "wheels")}, "wheels"),
+            ),
+            frozenset({"structure"}),
+        ),
+        Setting(
+            "ResourceMonitor", "monitor", {"interval_s": 0.05}, (({"interval_s": 0}, "interval_s"),), has_dry_run=False
+        ),
+        Setting("WallClock", "wall_clock", {"minutes": 60}, (({"minutes": 0}, "minutes"),)),
+        Setting("RandomState", "random_state", {}, (), has_dry_run=False),
+        Setting("GracefulStop", "graceful_stop", {}, (), has_dry_run=False),
+    )
+}
