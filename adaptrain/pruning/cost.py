@@ -1,0 +1,152 @@
+"""What a model costs: parameters, FLOPs, bytes on disk, and measured latency."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from adaptrain.errors import ConfigurationError
+
+_WARM_UP = 2  # forwards of each model before the clock starts: caches, allocator, kernel selection
+
+
+def count_params(model: nn.Module) -> int:
+    """Returns the number of parameters; a parameter that is tied counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Returns the floating point operations of one forward pass, a multiply-add counted as two.
+
+    Counted while the pass runs, with attention as plain matrix products: the fused CPU kernel of
+    `scaled_dot_product_attention` is unknown to torch's counter and would count as nothing.
+
+    Args:
+        model: The model, called as `model(**inputs)`.
+        inputs: Its inputs, on its device.
+    """
+    with _inference(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return int(counter.get_total_flops())
+
+
+def size_on_disk_bytes(model: nn.Module) -> int:
+    """Returns the bytes of the model's state dict as `torch.save` writes it."""
+    sink = _ByteCounter()
+    torch.save(model.state_dict(), sink)  # pyright: ignore[reportArgumentType]
+    return sink.written
+
+
+def measure_latency(
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, repeats: int = 20
+) -> dict[str, float]:
+    """Measures the forward pass of several models against each other.
+
+    The models take turns, in an order that rotates, so that a machine that is busy for a while slows all of them and
+    not one. The median ignores the rounds in which one was interrupted.
+
+    Args:
+        models: The models by name, all on the device of `inputs`, each called as `model(**inputs)` in evaluation
+            mode and without gradients. Their training mode is put back afterwards.
+        inputs: The inputs they share.
+        repeats: Timed forwards of each model.
+
+    Returns:
+        Milliseconds by name.
+    """
+    names = list(models)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
+    collecting = gc.isenabled()
+    with contextlib.ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(_inference(model))
+        gc.disable()
+        stack.callback(gc.enable if collecting else gc.disable)
+        for _ in range(_WARM_UP):
+            for name in names:
+                models[name](**inputs)
+        for turn in range(repeats):
+            for position in range(len(names)):
+                name = names[(turn + position) % len(names)]
+                times[name].append(_time_ms(models[name], inputs, device))
+    return {name: statistics.median(times[name]) for name in names}
+
+
+def example_inputs(
+    model: Any, batch_size: int, sequence_length: int, device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """Returns token inputs of one shape for a Hugging Face text model; the same at every call.
+
+    Args:
+        model: The model; its `config` says how many tokens and positions there are.
+        batch_size: Samples.
+        sequence_length: Tokens of each sample, none of them padding.
+        device: Where they lie; None: the model's device.
+
+    Returns:
+        `input_ids` and `attention_mask`, both int64 of shape (batch_size, sequence_length).
+
+    Raises:
+        ConfigurationError: The model has fewer positions than `sequence_length`.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and sequence_length > positions:
+        raise ConfigurationError(
+            f"{type(model).__name__} reads at most {positions} tokens, but {sequence_length} were asked for."
+            " Set latency_input=(batch, sequence) to a shape that the model can read."
+        )
+    device = next(model.parameters()).device if device is None else device
+    shape = (batch_size, sequence_length)
+    # Never the padding token: RoBERTa counts positions by it.
+    ids = torch.arange(batch_size * sequence_length, device=device) % (model.config.vocab_size - 1)
+    padding = getattr(model.config, "pad_token_id", None)
+    if padding is not None:
+        ids = ids + (ids >= padding)
+    return {"input_ids": ids.view(shape), "attention_mask": torch.ones(shape, dtype=torch.long, device=device)}
+
+
+def _time_ms(model: nn.Module, inputs: Mapping[str, Tensor], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    model(**inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+@contextlib.contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every submodule's own training flag is put back."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+class _ByteCounter:
+    """A file that only counts what is written to it."""
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    def write(self, data: Any) -> int:
+        self.written += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
