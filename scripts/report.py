@@ -1,0 +1,51 @@
+"""Prints the report of finished runs, and writes each run's report.html anew.
+
+python scripts/report.py runs/quickstart/2026-01-31_12-00-00
+python scripts/report.py runs/quickstart/*      # several runs: also side by side
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from adaptrain.errors import ConfigurationError
+from adaptrain.report import Summary, print_report, render_comparison, render_knobs, render_table, write_html
+from adaptrain.report.content import decisions_of
+from adaptrain.report.html import check_run_folder
+from adaptrain.report.summary import SUMMARY_FILE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path, help="the folder of a run")
+    folders: list[Path] = parser.parse_args(arguments).run_dirs
+    try:
+        for folder in folders:
+            check_run_folder(folder)
+        summaries = [summary for folder in folders if (summary := report(folder)) is not None]
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if len(summaries) > 1:
+        print_report(render_comparison(summaries))
+    return 0
+
+
+def report(folder: Path) -> Summary | None:
+    """Prints one run and writes its page; returns the summary of a finished run."""
+    page = write_html(folder)
+    summary = Summary.load(folder) if (folder / SUMMARY_FILE).is_file() else None
+    if summary is None:
+        print(f"{folder}: interrupted or still running, it has no {SUMMARY_FILE} yet")
+        print_report(render_knobs(decisions_of(folder)))
+    else:
+        print_report(render_table(summary))
+    print(f"page: {page}\n")
+    return summary
+
+
+if __name__ == "__main__":
+    sys.exit(main())
