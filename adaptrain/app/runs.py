@@ -1,0 +1,152 @@
+"""A run's folder: where it is, and the facts written into it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import adaptrain
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+FACTS = ("versions", "hardware")
+LOG_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] %(message)s"
+
+# Set by rank zero, so that the processes it starts use the same folder.
+FOLDER_VARIABLE = "ADAPTRAIN_RUN_DIR"
+
+
+def is_rank_zero() -> bool:
+    """Whether this process writes the run's files, known before there is a trainer."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def choose(cfg: DictConfig, *, sweep_job: str | None) -> Path:
+    """Returns the folder of a new run; nothing is made yet.
+
+    Args:
+        cfg: The config.
+        sweep_job: The folder Hydra gave a job of a sweep, or None.
+    """
+    if not is_rank_zero() and FOLDER_VARIABLE in os.environ:
+        return Path(os.environ[FOLDER_VARIABLE])
+    if sweep_job is not None:
+        return Path(sweep_job)
+    parent = Path(cfg.runs_dir) / cfg.experiment_name
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    number, folder = 1, parent / name
+    while folder.exists():
+        number += 1
+        folder = parent / f"{name}_{number}"
+    return folder
+
+
+def create(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """Makes the folder of a new run and writes what it is: config, overrides, versions, hardware.
+
+    Returns:
+        `{"versions": ..., "hardware": ...}`.
+    """
+    facts = {"versions": versions(), "hardware": hardware()}
+    os.environ[FOLDER_VARIABLE] = str(folder.resolve())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+    (folder / "overrides.yaml").write_text(OmegaConf.to_yaml(list(overrides)), encoding="utf-8")
+    for name, values in facts.items():
+        (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Reads what `create` wrote of versions and hardware."""
+    return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in FACTS}
+
+
+def discard(folder: Path) -> None:
+    """Removes the folder of a run that was refused, and the folders above it that are empty without it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    remove_empty(folder.parent)
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes a folder of runs and its parent where they are empty."""
+    for candidate in (folder, folder.parent):
+        if candidate.is_dir() and candidate.resolve() != Path.cwd() and not any(candidate.iterdir()):
+            candidate.rmdir()
+
+
+@contextmanager
+def log_file(folder: Path) -> Iterator[None]:
+    """Copies log messages to train.log in the run's folder, and what ends the body early."""
+    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    except BaseException:
+        record = {"name": __name__, "levelno": logging.ERROR, "levelname": "ERROR", "msg": "the run ended early"}
+        handler.handle(logging.makeLogRecord(record | {"exc_info": sys.exc_info()}))
+        raise
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def versions() -> dict[str, str | None]:
+    """Returns the versions of what computes, and the commit of the folder the command is run in."""
+    found: dict[str, str | None] = {"adaptrain": adaptrain.__version__, "python": platform.python_version()}
+    for package in ("torch", "pytorch-lightning", "transformers", "tokenizers", "hydra-core"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    found["git_commit"] = _git_commit()
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Returns the machine: platform, CPU model, usable cores, RAM in GiB, GPUs."""
+    import psutil
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
