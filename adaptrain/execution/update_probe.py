@@ -1,0 +1,166 @@
+"""What an optimizer is about to do, measured on its state: the direction and the size of its update."""
+
+# pyright: reportPrivateImportUsage=false
+# torch offers its fused list operations under private names only.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Kind = Literal["adam", "momentum"]
+
+_OWN_RATE = ("schedulefree", "prodigy", "dadapt", "mechanic", "ldog")
+_OWN_RATE_KEYS = ({"d", "d0"}, {"train_mode", "weight_sum"})
+_CHUNK = 1 << 24  # elements handled at once: bounds the memory the probe takes for a moment
+
+
+def sets_own_rate(optimizer: Optimizer) -> bool:
+    """Whether the optimizer finds its rate itself (schedule-free, Prodigy, D-Adaptation, DoG)."""
+    name = type(optimizer).__name__.lower().replace("_", "")
+    keys = set(optimizer.param_groups[0])
+    return name == "dog" or any(word in name for word in _OWN_RATE) or any(own <= keys for own in _OWN_RATE_KEYS)
+
+
+def update_kind(optimizer: Optimizer) -> Kind | None:
+    """Tells which rule the optimizer's state shows, or promises while it is still empty.
+
+    Returns:
+        `"adam"` for first and second moments under torch's names, `"momentum"` for a momentum buffer, None else.
+    """
+    for state in optimizer.state.values():
+        if state:
+            if isinstance(state.get("exp_avg"), Tensor) and isinstance(state.get("exp_avg_sq"), Tensor):
+                return "adam"
+            return "momentum" if isinstance(state.get("momentum_buffer"), Tensor) else None
+    group = optimizer.param_groups[0]
+    if isinstance(group.get("betas"), (tuple, list)) and len(group["betas"]) == 2 and "eps" in group:
+        return "adam"
+    return "momentum" if group.get("momentum") else None
+
+
+def gradients(optimizer: Optimizer) -> list[Tensor]:
+    """Returns the gradients of the optimizer's parameters; of a sparse one its values."""
+    found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [g.coalesce().values() if g.is_sparse else g for g in found]
+
+
+def gradient_norm(optimizer: Optimizer) -> Tensor:
+    """Returns the norm of all gradients as a float32 scalar; not finite where any gradient is not."""
+    found = [g for g in gradients(optimizer) if g.numel()]
+    if not found:
+        return torch.zeros(())
+    device = found[0].device
+    # float32: the squares of half-precision numbers overflow where the numbers do not.
+    norms = [n.to(device) for n in torch._foreach_norm(found, 2, torch.float32)]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def reference_norms(optimizer: Optimizer) -> list[float]:
+    """Returns the norm of every parameter of two or more dimensions, 0 for the others, in the optimizer's order."""
+    parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    matrices = [p for p in parameters if p.ndim >= 2 and p.numel()]
+    norms = iter(_floats(torch._foreach_norm(matrices, 2, torch.float32)) if matrices else [])
+    return [next(norms) if p.ndim >= 2 and p.numel() else 0.0 for p in parameters]
+
+
+def probe(optimizer: Optimizer, references: Sequence[float]) -> tuple[float | None, float | None]:
+    """Measures the update before it is taken, on the optimizer's state as the last step left it.
+
+    Where there is no state yet (the first step), Adam's update is ±1 in every element and momentum's the gradient.
+
+    Args:
+        optimizer: One of a known `update_kind`, with gradients in place (unscaled, before clipping).
+        references: What `reference_norms` returned when the weights were last taken as the measure.
+
+    Returns:
+        cos(g, u) between the gradient and the direction of the update, and the median over the parameters of two or
+        more dimensions of ‖û‖/‖θ_ref‖, the relative change per unit of the highest rate among the groups. Each None
+        where it cannot be known.
+    """
+    kind = update_kind(optimizer)
+    if kind is None:
+        return None, None
+    dots, directions, squares, ratios = [], [], [], []
+    top = max(float(group["lr"]) for group in optimizer.param_groups)
+    for batch in _chunks(optimizer, references):
+        grads, moments, seconds, scales, epsilons, references_, rates = (
+            list(column) for column in zip(*batch, strict=True)
+        )
+        stateful = moments[0] is not None
+        if stateful and kind == "adam":
+            moves = _adam_direction(moments, seconds, epsilons)
+        elif stateful:
+            moves = moments
+        else:
+            moves = [g.sign() for g in grads] if kind == "adam" else grads
+        norms = torch._foreach_norm(moves, 2, torch.float32)
+        if stateful:
+            products = torch._foreach_mul(moves, grads)
+            # The sum of a product, in fused operations: twice its positive part less its absolute sum.
+            absolute = torch._foreach_norm(products, 1, torch.float32)
+            torch._foreach_clamp_min_(products, 0.0)
+            positive = torch._foreach_norm(products, 1, torch.float32)
+            dots.append(2 * _total(positive) - _total(absolute))
+            directions.append(_total(torch._foreach_mul(norms, norms)))
+            own = torch._foreach_norm(grads, 2, torch.float32)
+            squares.append(_total(torch._foreach_mul(own, own)))
+        for norm, scale, reference, rate in zip(_floats(norms), scales, references_, rates, strict=True):
+            if reference > 0:
+                ratios.append(norm * scale / reference * (rate / top if top > 0 else 1.0))
+    length = math.sqrt(sum(_floats(directions))) * math.sqrt(sum(_floats(squares)))
+    cosine = sum(_floats(dots)) / length if length > 0 else None
+    return cosine, median(ratios) if ratios else None
+
+
+def _adam_direction(moments: list[Tensor], seconds: list[Tensor], epsilons: list[float]) -> list[Tensor]:
+    """Returns m/(√v+ε) for every tensor."""
+    scale = torch._foreach_sqrt(seconds)
+    torch._foreach_add_(scale, epsilons)
+    return list(torch._foreach_div(moments, scale))
+
+
+def _chunks(optimizer: Optimizer, references: Sequence[float]) -> Iterator[list[tuple[Any, ...]]]:
+    """Yields (g, m, v, scale of ‖u‖, ε, θ_ref, rate) per parameter, in lists of one device and bounded size."""
+    pending: dict[Any, list[tuple[Any, ...]]] = {}
+    held: dict[Any, int] = {}
+    index = -1
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            index += 1
+            if p.grad is None or p.grad.is_sparse or not p.numel():
+                continue
+            state = optimizer.state.get(p) or {}
+            m, v = state.get("exp_avg", state.get("momentum_buffer")), state.get("exp_avg_sq")
+            scale, epsilon = _bias_correction(group, state) if v is not None else (1.0, 0.0)
+            key = (p.device, p.dtype, m is not None)
+            entry = (p.grad, m, v, scale, epsilon, references[index], float(group["lr"]))
+            pending.setdefault(key, []).append(entry)
+            held[key] = held.get(key, 0) + p.numel()
+            if held[key] >= _CHUNK:
+                yield pending.pop(key)
+                del held[key]
+    yield from pending.values()
+
+
+def _bias_correction(group: dict[str, Any], state: dict[str, Any]) -> tuple[float, float]:
+    """Returns what ‖m/(√v+ε)‖ is to be multiplied by to be the update's, and the ε that goes with it."""
+    step = float(state.get("step", group.get("step", 0)) or 0)
+    if step < 1:
+        return 1.0, float(group["eps"])
+    first, second = (1 - float(beta) ** step for beta in group["betas"])
+    return math.sqrt(second) / first, float(group["eps"]) * math.sqrt(second)
+
+
+def _total(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum()
+
+
+def _floats(values: Sequence[Tensor]) -> list[float]:
+    return torch.stack(list(values)).tolist() if values else []

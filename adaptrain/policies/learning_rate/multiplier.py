@@ -1,0 +1,165 @@
+"""The product of the factors: one multiplier over any scheduler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from adaptrain.policies.learning_rate.align import Align
+from adaptrain.policies.learning_rate.batch import Batch
+from adaptrain.policies.learning_rate.cap import Cap
+from adaptrain.policies.learning_rate.factor import Factor
+from adaptrain.policies.learning_rate.guard import Guard, Verdict
+from adaptrain.policies.learning_rate.plateau import LossPlateau, MetricPlateau
+from adaptrain.policies.learning_rate.recover import Recover
+
+NAMES = ("align", "cap", "plateau", "batch", "recover", "guard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signal:
+    """What one optimizer step shows before it is taken.
+
+    Args:
+        loss: The mean training loss over the step's samples; None where the step had none.
+        rate: The scheduler's learning rate, the highest of the parameter groups.
+        gradients_finite: Whether every gradient is finite.
+        probed: How many steps the two probes below stand for; 0 where they were not measured.
+        cosine: cos(g, u), the agreement of the gradient with the optimizer's direction; None: not known.
+        ratio: Median ‖û‖/‖θ_ref‖ per unit of learning rate; None: not known.
+    """
+
+    loss: float | None
+    rate: float
+    gradients_finite: bool = True
+    probed: int = 0
+    cosine: float | None = None
+    ratio: float | None = None
+
+
+class Multiplier:
+    """Multiplies the scheduler's rate by the product of the factors that are on.
+
+        lr = lr_scheduler · clip(m_align · m_plateau · m_guard, 1/100, 100) · m_batch · m_recover · cap
+
+    Every argument is a factor, or None where it is off.
+    """
+
+    def __init__(
+        self,
+        *,
+        align: Align | None = None,
+        cap: Cap | None = None,
+        plateau: LossPlateau | MetricPlateau | None = None,
+        batch: Batch | None = None,
+        recover: Recover | None = None,
+        guard: Guard | None = None,
+        bound: float = 100.0,
+    ) -> None:
+        self.align = align
+        self.cap = cap
+        self.plateau = plateau
+        self.batch = batch
+        self.recover = recover
+        self.guard = guard
+        self.bound = bound
+        self.capped = 1.0
+        self.peak = 0.0  # the scheduler's highest rate so far
+        self.rate = 0.0  # the scheduler's rate at the last step
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """The value of every factor by name; 1 where it is off."""
+        named: dict[str, Align | LossPlateau | MetricPlateau | Batch | Recover | Guard | None] = {
+            "align": self.align,
+            "plateau": self.plateau,
+            "batch": self.batch,
+            "recover": self.recover,
+            "guard": self.guard,
+        }
+        values = {name: 1.0 if factor is None else factor.value for name, factor in named.items()}
+        return values | {"cap": self.capped}
+
+    @property
+    def value(self) -> float:
+        """The multiplier of the present step."""
+        return self._uncapped() * self.capped
+
+    def _uncapped(self) -> float:
+        values = self.factors
+        product = values["align"] * values["plateau"] * values["guard"]
+        return min(self.bound, max(1 / self.bound, product)) * values["batch"] * values["recover"]
+
+    def step(self, signal: Signal) -> Verdict:
+        """Takes in what a step shows before it is taken, and moves the factors.
+
+        Returns:
+            The guard's verdict: `"accept"`, or why the step must not reach the weights.
+        """
+        verdict: Verdict = "accept"
+        self.rate = signal.rate
+        self.peak = max(self.peak, signal.rate)
+        if self.guard is not None and signal.loss is not None:
+            verdict = self.guard.observe(signal.loss, gradients_finite=signal.gradients_finite)
+        if verdict == "accept":
+            self._move(signal)
+        return verdict
+
+    def _move(self, signal: Signal) -> None:
+        if self.align is not None and signal.cosine is not None and math.isfinite(signal.cosine):
+            self.align.observe(signal.cosine, steps=signal.probed)
+        if isinstance(self.plateau, LossPlateau) and signal.loss is not None and math.isfinite(signal.loss):
+            cosine = None if self.align is None else self.align.cosine
+            self.plateau.observe(signal.loss, rate=signal.rate, cosine=cosine)
+        for factor in (self.batch, self.recover):
+            if factor is not None:
+                factor.step()
+        if self.cap is not None:
+            if signal.probed and (signal.ratio is None or math.isfinite(signal.ratio)):
+                self.cap.observe(signal.ratio)
+            self.capped = self.cap.value(signal.rate * self._uncapped())
+            if self.align is not None and self.capped < 1:
+                self.align.yield_to(self.capped)
+
+    def structure_changed(self, removed: float, *, window: int) -> None:
+        """Takes in that the model lost the share `removed` of its parameters; `window` steps are for recovering."""
+        if self.recover is not None:
+            ratio = self.peak / self.rate if self.rate > 0 else 1.0
+            self.recover.open(removed=removed, peak_over_now=ratio, window=window)
+        self._forget()
+
+    def batch_changed(self, old: float, new: float) -> None:
+        """Takes in another global batch size."""
+        if self.batch is not None:
+            self.batch.change(old, new)
+        self._forget()
+
+    def _forget(self) -> None:
+        for factor in (self.plateau, self.guard):
+            if factor is not None:
+                factor.restart()
+
+    def rolled_back(self) -> None:
+        """Takes in that the weights went back to the last snapshot."""
+        if self.guard is not None:
+            self.guard.rolled_back()
+        if self.align is not None:
+            self.align.relapse()
+        if isinstance(self.plateau, LossPlateau):
+            self.plateau.restart()
+
+    def _named(self) -> dict[str, Factor]:
+        return {name: factor for name in NAMES if (factor := getattr(self, name)) is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of every factor that is on, as plain Python."""
+        own = {"capped": self.capped, "peak": self.peak, "rate": self.rate}
+        return own | {name: factor.state_dict() for name, factor in self._named().items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned; a factor that was off then starts afresh."""
+        self.capped, self.peak, self.rate = (state_dict[name] for name in ("capped", "peak", "rate"))
+        for name, factor in self._named().items():
+            if name in state_dict:
+                factor.load_state_dict(state_dict[name])
