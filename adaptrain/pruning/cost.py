@@ -6,12 +6,15 @@ import contextlib
 import gc
 import statistics
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptrain.errors import ConfigurationError
@@ -52,13 +55,13 @@ def measure_latency(
     """Measures the forward pass of several models against each other.
 
     The models take turns, in an order that rotates, so that a machine that is busy for a while slows all of them and
-    not one. The median ignores the rounds in which one was interrupted.
+    not one. Interruptions only ever add time, so the median is over the faster half of each model's turns.
 
     Args:
         models: The models by name, all on the device of `inputs`, each called as `model(**inputs)` in evaluation
             mode and without gradients. Their training mode is put back afterwards.
         inputs: The inputs they share.
-        repeats: Timed forwards of each model.
+        repeats: Timed forwards of each model, at least 1.
 
     Returns:
         Milliseconds by name.
@@ -79,7 +82,22 @@ def measure_latency(
             for position in range(len(names)):
                 name = names[(turn + position) % len(names)]
                 times[name].append(_time_ms(models[name], inputs, device))
-    return {name: statistics.median(times[name]) for name in names}
+    return {name: statistics.median(sorted(times[name])[: (repeats + 1) // 2]) for name in names}
+
+
+def peak_activation_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    """Returns the most bytes that tensors made by one forward pass occupy at once, as seen by torch's operators.
+
+    What a kernel uses inside, and the allocator's rounding, are not seen.
+
+    Args:
+        model: The model, called as `model(**inputs)`.
+        inputs: Its inputs, on its device.
+    """
+    known = (*model.parameters(), *model.buffers(), *inputs.values())
+    with _inference(model), _LiveBytes({tensor.untyped_storage().data_ptr() for tensor in known}) as live:
+        model(**inputs)
+    return live.peak
 
 
 def example_inputs(
@@ -136,6 +154,35 @@ def _inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operators make, for as long as they live.
+
+    Args:
+        known: Addresses of the storages that were there before.
+    """
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known = known
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self._seen and storage.data_ptr() not in self.known:
+                    self._seen.add(storage)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, size: int) -> None:
+        self.now -= size
 
 
 class _ByteCounter:

@@ -1,0 +1,254 @@
+"""What any structure of a model would cost, from one table: no structure has to be built to be judged."""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from adaptrain.pruning import cost
+from adaptrain.pruning import structure as structures
+from adaptrain.pruning.families import KINDS, Match
+from adaptrain.pruning.structure import Structure
+from adaptrain.pruning.surgery import resize, slices
+
+COSTS = ("params", "flops", "memory", "latency")
+_PROBED_LAYERS = 2  # layers of a probe: enough to tell a layer from the rest, and independent of the model's depth
+
+Widths = Sequence[Mapping[str, int]]
+
+
+class CostTable:
+    """Costs by layer, kind and width: parameters and FLOPs computed, memory traced, latency measured and interpolated.
+
+    A structure's cost is a fixed part plus a part for each layer and kind. Memory is the weights and the largest
+    working set of any layer. All numbers are absolute: parameters, FLOPs and bytes of one forward pass, milliseconds.
+
+    Args:
+        state: What `build` made: plain Python, so that a resumed run decides by the same numbers.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.state = dict(state)
+        self.kinds: tuple[str, ...] = tuple(state["kinds"])
+        self.dense_widths: list[dict[str, int]] = state["widths"]
+        self.costs: tuple[str, ...] = tuple(name for name in COSTS if name in state["fixed"])
+        self.dense = self.total(self.dense_widths)
+        self.least = self.total([{**layer, **dict.fromkeys(self.kinds, 0)} for layer in self.dense_widths])
+
+    @classmethod
+    def build(cls, match: Match, kinds: tuple[str, ...], shape: tuple[int, int], *, latency: bool) -> CostTable:
+        """Computes the table of a model, and measures where latency is asked for.
+
+        Args:
+            match: The model; it is only read, also where it was cut already.
+            kinds: The kinds of units that may go.
+            shape: The (batch, sequence) of the forward pass.
+            latency: Whether to measure.
+
+        Returns:
+            The table.
+        """
+        twin = Match(match.dense_twin(), match.family)
+        inputs = twin.example_inputs(*shape)
+        sizes = structures.dimensions(twin)
+        dense = structures.dense(twin)
+        units = [_unit_costs(twin, layer, shape) for layer in range(len(sizes))]
+        weights = sum(
+            tensor.numel() * tensor.element_size() for tensor in (*twin.model.parameters(), *twin.model.buffers())
+        )
+        totals = {
+            "params": cost.count_params(twin.model),
+            "flops": cost.count_flops(twin.model, inputs),
+            "memory": weights,
+        }
+        fixed: dict[str, float] = {
+            name: total
+            - sum(unit[kind][name] * layer[kind] for unit, layer in zip(units, sizes, strict=True) for kind in unit)
+            for name, total in totals.items()
+        }
+        state: dict[str, Any] = {
+            "shape": list(shape),
+            "kinds": list(kinds),
+            "widths": structures.widths(dense),
+            "units": units,
+            "fixed": fixed,
+        }
+        empty = _with_widths(dense, dict.fromkeys(kinds, 0))
+        least = _variant(twin, empty)
+        state["working_sets"] = _working_sets(twin, dense, inputs)
+        for unit, sets in zip(units, state["working_sets"], strict=True):
+            for kind in unit:
+                unit[kind]["memory"] += sets[kind][2]  # after `fixed`: it is not of the weights
+        state["floor"] = cost.peak_activation_bytes(least.model, inputs)
+        if latency:
+            state["latency"], fixed["latency"] = _measure(twin, least, dense, kinds, inputs)
+        return cls(state)
+
+    def piece(self, name: str, layer: int, kind: str, width: int) -> float:
+        """Returns what one layer's units of one kind add to a cost, at a width."""
+        if name != "latency":
+            return self.state["units"][layer][kind][name] * width
+        points = self.state["latency"][layer].get(kind)
+        return _interpolate(points, width) if points else 0.0
+
+    def working_set(self, layer: int, kind: str, width: int) -> float:
+        """Returns the bytes of activations that live at once while a layer's units of one kind compute."""
+        each, besides, _ = self.state["working_sets"][layer].get(kind, (0.0, 0.0, 0.0))
+        return each * width + besides
+
+    def total(self, widths: Widths) -> dict[str, float]:
+        """Returns every cost of a structure, given its widths by layer and kind."""
+        found = {
+            name: self.state["fixed"][name]
+            + sum(
+                self.piece(name, index, kind, width)
+                for index, layer in enumerate(widths)
+                for kind, width in layer.items()
+            )
+            for name in self.costs
+        }
+        found["memory"] += self.peak(widths)
+        return found
+
+    def peak(self, widths: Widths) -> float:
+        """Returns the largest working set of any layer, and at least that of the model without its layers' units."""
+        return max(
+            self.state["floor"],
+            *(self.working_set(index, kind, w) for index, layer in enumerate(widths) for kind, w in layer.items()),
+        )
+
+    def fractions(self, widths: Widths) -> dict[str, float]:
+        """Returns every cost of a structure as a fraction of the dense model's."""
+        return {name: value / self.dense[name] for name, value in self.total(widths).items()}
+
+
+def _unit_costs(match: Match, layer: int, shape: tuple[int, int]) -> dict[str, dict[str, float]]:
+    """Costs of one unit of each kind. A product with a matrix costs two FLOPs for each of its entries and tokens."""
+    batch, sequence = shape
+    tokens = batch * sequence
+    sizes = structures.dimensions(match)[layer]
+    item = next(match.model.parameters()).element_size()
+    found: dict[str, dict[str, float]] = {}
+    for kind in KINDS:
+        parts = slices(match, layer, kind)
+        if not parts:
+            continue
+        count = sizes[kind]
+        params = sum(parameter.numel() for part in parts for parameter in part.parameters()) / count
+        matrices = sum(part.linear.weight.numel() for part in parts) / count
+        flops = 2.0 * tokens * matrices
+        if kind == "heads":
+            flops += 4.0 * tokens * sequence * sizes["queries"] * sizes["head_size"]  # scores, weighted sum of values
+        found[kind] = {"params": params, "flops": flops, "memory": params * item}
+    return found
+
+
+def _working_sets(twin: Match, dense: Structure, inputs: Mapping[str, Any]) -> list[dict[str, list[float]]]:
+    """Traces probes of few layers at two widths of each kind, the other kind empty.
+
+    The bytes alive at once are linear in the width of the layer that computes, and in that of every layer that left
+    something behind, as keys and values in a cache.
+
+    Returns:
+        For each layer [bytes of each unit, bytes besides, bytes that each unit leaves behind] by kind.
+    """
+    sizes = structures.dimensions(twin)
+    shapes = [tuple(sorted(size.items())) for size in sizes]
+    traced: dict[tuple[Any, ...], dict[str, list[float]]] = {}
+    for shape in dict.fromkeys(shapes):
+        traced[shape] = {}
+        layers = [index for index, other in enumerate(shapes) if other == shape][: _PROBED_LAYERS + 1]
+        few = layers[:_PROBED_LAYERS]
+        for kind in (kind for kind in KINDS if dict(shape)[kind] > 0):
+            count = dict(shape)[kind]
+
+            def peak(width: int, layers: list[int], kind: str = kind) -> int:
+                structure = _with_widths(dense, {**dict.fromkeys(KINDS, 0), kind: width})
+                return cost.peak_activation_bytes(_variant(twin, structure, layers).model, inputs)
+
+            wide = peak(count, few)
+            left = (peak(count, layers) - wide) / count if len(layers) > len(few) else 0.0
+            each = (wide - peak(count // 2, few)) / (count - count // 2)
+            traced[shape][kind] = [each - left * len(few), wide - each * count, left]
+    return [traced[shape] for shape in shapes]
+
+
+def _measure(
+    twin: Match, least: Match, dense: Structure, kinds: tuple[str, ...], inputs: Mapping[str, Any]
+) -> tuple[list[dict[str, list[list[float]]]], float]:
+    """Measures probes of a few layers at a few widths, and the whole model dense and empty to scale them by.
+
+    Returns:
+        For each layer the points [width, milliseconds above empty] by kind, and the milliseconds of the empty model.
+    """
+    sizes = structures.dimensions(twin)
+    shapes = [tuple(sorted(size.items())) for size in sizes]
+    models: dict[str, nn.Module] = {"dense": twin.model, "least": least.model}
+    probed: dict[tuple[Any, ...], list[int]] = {
+        shape: [index for index, other in enumerate(shapes) if other == shape][:_PROBED_LAYERS] for shape in shapes
+    }
+    names: dict[tuple[Any, ...], dict[str, dict[int, str]]] = {}
+    for number, (shape, layers) in enumerate(probed.items()):
+        names[shape] = {}
+        for kind in kinds:
+            for width in _knots(dict(shape)[kind]):
+                full = width == dict(shape)[kind]
+                name = f"{number}" if full else f"{number}-{kind}-{width}"
+                if name not in models:
+                    models[name] = _variant(twin, _with_widths(dense, {kind: width}), layers).model
+                names[shape].setdefault(kind, {})[width] = name
+    times = cost.measure_latency(models, inputs, repeats=9)
+    points: dict[tuple[Any, ...], dict[str, list[list[float]]]] = {}
+    for shape, layers in probed.items():
+        points[shape] = {}
+        for kind, by_width in names[shape].items():
+            highest, rows = 0.0, []
+            for width in sorted(by_width):
+                above = (times[by_width[width]] - times[by_width[0]]) / len(layers)
+                highest = max(highest, above)  # noise must not make a wider layer look cheaper
+                rows.append([width, highest])
+            points[shape][kind] = rows
+    table = [points[shape] for shape in shapes]
+    whole = sum(rows[-1][1] for layer in table for rows in layer.values())
+    scale = max(0.0, times["dense"] - times["least"]) / whole if whole > 0 else 0.0
+    scaled = [{kind: [[w, ms * scale] for w, ms in rows] for kind, rows in layer.items()} for layer in table]
+    return scaled, min(times["least"], times["dense"])
+
+
+def _knots(count: int) -> list[int]:
+    """The widths to measure: none, very few, and quarters."""
+    return sorted({0, min(count, max(1, count // 64)), *(count * eighths // 8 for eighths in (1, 2, 4, 6, 8))})
+
+
+def _with_widths(dense: Structure, widths: Mapping[str, int]) -> Structure:
+    return [{kind: list(range(widths.get(kind, len(units)))) for kind, units in layer.items()} for layer in dense]
+
+
+def _variant(twin: Match, structure: Structure, layers: Sequence[int] | None = None) -> Match:
+    """A copy of the twin with another structure, and only some of its layers; all outside the layers is shared."""
+    inside = {id(parameter) for parameter in twin.layers.parameters()}
+    shared = {id(p): p for p in (*twin.model.parameters(), *twin.model.buffers()) if id(p) not in inside}
+    variant = Match(copy.deepcopy(twin.model, shared), twin.family)
+    resize(variant, structure)
+    if layers is not None:
+        kept = [variant.layers[index] for index in layers]
+        del variant.layers[:]
+        variant.layers.extend(kept)
+    return variant
+
+
+def with_structure(twin: Match, structure: Structure) -> nn.Module:
+    """Returns a copy of a dense twin with another structure, for measuring."""
+    return _variant(twin, structure).model
+
+
+def _interpolate(points: Sequence[Sequence[float]], width: int) -> float:
+    right = bisect_left([point[0] for point in points], width)
+    if points[right][0] == width:
+        return points[right][1]
+    (w0, ms0), (w1, ms1) = points[right - 1], points[right]
+    return ms0 + (ms1 - ms0) * (width - w0) / (w1 - w0)

@@ -1,0 +1,113 @@
+"""A model's structure: which of its original heads and neurons are left, as plain Python that a checkpoint can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from adaptrain.errors import ConfigurationError
+from adaptrain.pruning.families import Match
+
+Structure = list[dict[str, list[int]]]
+"""For each layer the kept units by kind (`"heads"`, `"ffn"`), as indices into the dense model, ascending."""
+
+_ATTRIBUTE = "_adaptrain_structure"  # on the model: its record, so that whoever holds the model knows what was cut
+
+
+def dimensions(match: Match) -> list[dict[str, int]]:
+    """Returns, for each layer, how many units of each kind the dense model has and how wide they are.
+
+    `heads` are key-value heads, each `head_size` wide and read by `queries` query heads; `ffn` are neurons.
+    """
+    known = getattr(match.model, _ATTRIBUTE, None)
+    if known is not None:
+        return [dict(layer) for layer in known["dimensions"]]
+    return [_measure(match, layer) for layer in match.layers]
+
+
+def current(match: Match) -> Structure:
+    """Returns what is left of the model; every unit where nothing was cut."""
+    known = getattr(match.model, _ATTRIBUTE, None)
+    if known is not None:
+        return copy_of(known["layers"])
+    return dense(match)
+
+
+def dense(match: Match) -> Structure:
+    """Returns the structure of the model before anything was cut."""
+    return [{kind: list(range(layer[kind])) for kind in ("heads", "ffn")} for layer in dimensions(match)]
+
+
+def copy_of(structure: Structure) -> Structure:
+    """Returns an independent copy."""
+    return [{kind: list(kept) for kind, kept in layer.items()} for layer in structure]
+
+
+def widths(structure: Structure) -> list[dict[str, int]]:
+    """Returns the number of kept units of each kind, for each layer."""
+    return [{kind: len(kept) for kind, kept in layer.items()} for layer in structure]
+
+
+def record(match: Match, structure: Structure | None = None) -> dict[str, Any]:
+    """Returns what a checkpoint needs to rebuild the shapes: family, dense dimensions, kept original indices.
+
+    Args:
+        match: The model.
+        structure: The structure to describe; None: the model's own.
+    """
+    kept = current(match) if structure is None else structure
+    return {"family": match.family.name, "dimensions": dimensions(match), "layers": copy_of(kept)}
+
+
+def remember(match: Match, structure: Structure) -> None:
+    """Notes on the model what is left of it."""
+    setattr(match.model, _ATTRIBUTE, record(match, structure))
+
+
+def check_record(match: Match, saved: Mapping[str, Any]) -> None:
+    """Refuses a record of another architecture.
+
+    Raises:
+        ConfigurationError: The family, the number of layers or a layer's dense dimensions differ; it says which.
+    """
+    own = record(match)
+    differences = []
+    if saved["family"] != own["family"]:
+        differences.append(f"family {saved['family']} instead of {own['family']}")
+    elif len(saved["dimensions"]) != len(own["dimensions"]):
+        differences.append(f"{len(saved['dimensions'])} layers instead of {len(own['dimensions'])}")
+    else:
+        for index, (theirs, ours) in enumerate(zip(saved["dimensions"], own["dimensions"], strict=True)):
+            differences += [
+                f"{theirs.get(name)} instead of {ours[name]} for '{name}' of layer {index}"
+                for name in ours
+                if theirs.get(name) != ours[name]
+            ]
+    if differences:
+        shown = ", ".join(differences[:4]) + (", ..." if len(differences) > 4 else "")
+        raise ConfigurationError(
+            f"The checkpoint holds another architecture than {type(match.model).__name__}: {shown}."
+            " Build the module as it was built for the run that saved the checkpoint."
+        )
+
+
+def _measure(match: Match, layer: nn.Module) -> dict[str, int]:
+    attention, ffn = match.family.attention, match.family.ffn
+    found = {"heads": 0, "head_size": 0, "queries": 0, "ffn": 0, "hidden": 0}
+    if attention is not None:
+        head_size = int(getattr(layer.get_submodule(attention.module), attention.head_size))
+        query, key = layer.get_submodule(attention.query), layer.get_submodule(attention.key)
+        assert isinstance(query, nn.Linear)
+        assert isinstance(key, nn.Linear)
+        found["heads"] = key.out_features // head_size
+        found["head_size"] = head_size
+        found["queries"] = query.out_features // key.out_features
+        found["hidden"] = query.in_features
+    if ffn is not None:
+        output = layer.get_submodule(ffn.output)
+        assert isinstance(output, nn.Linear)
+        found["ffn"] = output.in_features
+        found["hidden"] = output.out_features
+    return found
