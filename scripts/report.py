@@ -7,6 +7,7 @@ python scripts/report.py runs/quickstart/*      # several runs: also side by sid
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from adaptrain.report.summary import SUMMARY_FILE
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path, help="the folder of a run")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a folder's name may hold what the terminal cannot say
     folders: list[Path] = parser.parse_args(arguments).run_dirs
     try:
         for folder in folders:

@@ -14,6 +14,7 @@ from adaptrain.decisions import Decision
 from adaptrain.report.content import is_number, significant
 
 MAX_POINTS = 400  # more than a screen shows; keeps report.html small for a long run
+_MEMORY = ("rss_gib", "allocated_gib", "used_gib")  # what the run holds; not what is free, or the limit
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read_metrics(run_dir: str | Path) -> Metrics:
     if not path.is_file():
         return metrics
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.DictReader(file):
+        for row in csv.DictReader(line.replace("\0", "") for line in file):
             step = _number(row.pop("step", None))
             for name, cell in row.items():
                 value = _number(cell) if isinstance(cell, str) else None
@@ -136,8 +137,8 @@ def _rates(metrics: Metrics) -> tuple[Series, ...]:
 
 
 def _memory(metrics: Metrics) -> tuple[Series, ...]:
-    names = [n for n in metrics if n.startswith("adaptrain/") and n.endswith("_gib") and "limit" not in n]
-    return tuple(_line(metrics, name, label=name.removeprefix("adaptrain/")) for name in sorted(names))
+    names = sorted(name for name in metrics if name.startswith("adaptrain/") and name.endswith(_MEMORY))
+    return tuple(_line(metrics, name, label=name.removeprefix("adaptrain/").removesuffix("_gib")) for name in names)
 
 
 def _knob_lines(applied: Sequence[Decision], last: float) -> tuple[Series, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptrain.decisions import Decision, read_decisions
+from adaptrain.errors import ConfigurationError
 from adaptrain.report.summary import Column, Constraint, Summary
 
 MISSING = "—"
@@ -35,6 +36,7 @@ _KNOB_LABELS = {
     "micro_batch_size": "micro-batch size",
     "global_batch_size": "global batch size",
     "learning_rate": "learning rate (multiplier)",
+    "wall_clock": "wall clock (steps planned and taken)",
 }
 
 
@@ -263,9 +265,16 @@ def _size(decision: Decision) -> float:
 
 
 def decisions_of(run_dir: str | Path) -> list[Decision]:
-    """The decisions of a run; empty where it took none."""
+    """The decisions of a run; empty where it took none.
+
+    Raises:
+        ConfigurationError: Its `decisions.jsonl` holds something else.
+    """
     path = Path(run_dir) / "decisions.jsonl"
-    return read_decisions(path) if path.is_file() else []
+    try:
+        return read_decisions(path) if path.is_file() else []
+    except ValueError as error:
+        raise ConfigurationError(f"{error}. Take the line out of the file, or move the file away.") from error
 
 
 def comparison_cells(summary: Summary) -> dict[str, str]:

@@ -193,7 +193,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, float):
-        return content.significant(value, 4) if abs(value) < 1e12 else str(value)
+        return f"{value:.4g}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):

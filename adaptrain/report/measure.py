@@ -176,14 +176,17 @@ def _beside(
     """The baseline's column, its costs measured in this process where its model can be built here."""
     source = f"baseline run {baseline.run_dir}"
     params = pruning_report["dense"]["params"] if pruning_report else final.params
+    recorded = baseline.final
+    if recorded.latency_input != final.latency_input:  # costs at another shape do not compare
+        recorded = replace(recorded, flops=None, latency_ms=None)
     if baseline.final.params != params:
-        return baseline.final, final, f"{source}, another model; its latency is as that run measured it"
+        return recorded, final, f"{source}, another model; its latency is as that run measured it"
     if pruning_report:
         here = pruning_report["dense"]
     else:
         here = _twin_costs(module, final)
         if here is None:
-            return baseline.final, final, f"{source}; its latency is as that run measured it"
+            return recorded, final, f"{source}; its latency is as that run measured it"
         final = replace(final, latency_ms=here.pop("final_latency_ms"))
     costs = {name: here[name] for name in ("params", "flops", "latency_ms", "size_bytes")}
     dense = replace(baseline.final, **costs, latency_input=final.latency_input)
@@ -198,9 +201,8 @@ def _twin_costs(module: Any, final: Column) -> dict[str, Any] | None:
         match = families.find_family(module)
     except ConfigurationError:
         return None
-    twin = match.dense_twin().to(next(module.parameters()).device)
-    inputs = cost.example_inputs(match.model, *final.latency_input)
-    latency = cost.measure_latency({"dense": twin, "final": match.model}, inputs)
+    inputs = match.example_inputs(*final.latency_input)
+    latency = cost.measure_latency({"dense": match.dense_twin(), "final": match.model}, inputs)
     return {
         "params": final.params,
         "flops": final.flops,

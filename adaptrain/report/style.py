@@ -37,6 +37,7 @@ svg { width: 100%; height: auto; display: block; }
 svg text { font-family: inherit !important; }
 details { margin-top: 1.5rem; } summary { cursor: pointer; font-weight: 600; font-size: 1.1rem; }
 .decisions { font-size: .85rem; } .decisions td, .decisions th { text-align: left; vertical-align: top; }
+.decisions td:nth-child(-n+3) { white-space: nowrap; }
 .decisions td:nth-child(4) { min-width: 16rem; }
 dl { margin: 0; } dl div { display: flex; gap: .5rem; } dt { opacity: .8; white-space: nowrap; }
 dd { margin: 0; overflow-wrap: anywhere; min-width: 4rem; }
