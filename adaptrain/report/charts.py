@@ -14,7 +14,7 @@ from adaptrain.decisions import Decision
 from adaptrain.report.content import is_number, significant
 
 MAX_POINTS = 400  # more than a screen shows; keeps report.html small for a long run
-_MEMORY = ("rss_gib", "allocated_gib", "used_gib")  # what the run holds; not what is free, or the limit
+_MEMORY = ("_rss_gib", "_allocated_gib", "_used_gib")  # what the run holds; not what is free, or the limit
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def _rates(metrics: Metrics) -> tuple[Series, ...]:
 
 def _memory(metrics: Metrics) -> tuple[Series, ...]:
     names = sorted(name for name in metrics if name.startswith("adaptrain/") and name.endswith(_MEMORY))
-    return tuple(_line(metrics, name, label=name.removeprefix("adaptrain/").removesuffix("_gib")) for name in names)
+    labels = [name.removeprefix("adaptrain/").removesuffix("_gib").replace("_", " ") for name in names]
+    return tuple(_line(metrics, name, label=label) for name, label in zip(names, labels, strict=True))
 
 
 def _knob_lines(applied: Sequence[Decision], last: float) -> tuple[Series, ...]:

@@ -230,10 +230,10 @@ def _story(knob: str, taken: list[Decision]) -> KnobStory:
 
 def _path(knob: str, taken: Sequence[Decision]) -> str:
     """First and last value, and how far the knob went beyond them in between."""
-    first, last = taken[0].old, taken[-1].new
+    first, last = taken[0].old, taken[-1].old if _skips(taken[-1]) else taken[-1].new
     path = f"{knob_value(knob, first)} → {knob_value(knob, last)}"
-    numbers = [value for d in taken for value in (d.old, d.new) if is_number(value)]
-    if not (is_number(first) and is_number(last)):
+    numbers = [value for d in taken if not _skips(d) for value in (d.old, d.new)]
+    if not numbers or not all(map(is_number, numbers)):
         return path
     beyond = [("lowest", min(numbers), min(first, last)), ("highest", max(numbers), max(first, last))]
     further = [f"{word} {knob_value(knob, value)}" for word, value, end in beyond if value != end]
@@ -257,11 +257,18 @@ def _telling(taken: list[Decision]) -> tuple[Decision, ...]:
 
 
 def _size(decision: Decision) -> float:
-    """How large a change is: the ratio of new to old, either way."""
+    """How large a change is: the ratio of new to old, either way; from or to zero is the largest."""
     try:
         return abs(math.log(decision.new / decision.old))
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError):
+        return math.inf
+    except TypeError:
         return 0.0
+
+
+def _skips(decision: Decision) -> bool:
+    """Whether a learning-rate decision skips its one step and leaves the multiplier as it was."""
+    return decision.knob == "learning_rate" and decision.new == 0
 
 
 def decisions_of(run_dir: str | Path) -> list[Decision]:

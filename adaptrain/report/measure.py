@@ -18,6 +18,8 @@ from adaptrain.report.summary import Column, Constraint, Summary
 GIB = 2**30
 # The step under way when the time is spent is finished and validated; that is no breach of the budget.
 CLOCK_TOLERANCE = 1.02
+# How a classifier cuts its text into tokens is a choice of the run; a perplexity is per token, so there it counts.
+_READING = {"tokens", "median_length", "max_length", "vocab_size", "tokenizer"}
 
 
 def load_baseline(run_dir: str | os.PathLike[str], *, data: Mapping[str, Any], metric: str) -> Summary:
@@ -41,7 +43,9 @@ def load_baseline(run_dir: str | os.PathLike[str], *, data: Mapping[str, Any], m
             f"The baseline {run_dir} was interrupted. Finish it first with resume={run_dir}, or leave it out."
         )
     here = json.loads(json.dumps(dict(data), default=str))
-    if other := sorted(key for key in {*here, *baseline.data} if here.get(key) != baseline.data.get(key)):
+    free = {"notes"} if here.get("task") == "language_model" else {"notes", *_READING}
+    keys = {*here, *baseline.data} - free
+    if other := sorted(key for key in keys if here.get(key) != baseline.data.get(key)):
         seen = "; ".join(f"{key}: {baseline.data.get(key)!r} there, {here.get(key)!r} here" for key in other[:3])
         raise ConfigurationError(f"The baseline {run_dir} was trained on other data ({seen}).{hint}")
     if baseline.metric["name"] != metric:

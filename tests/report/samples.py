@@ -79,7 +79,7 @@ def run_folder(folder: Path, *, summary: Summary | None, decisions: list[Decisio
     log = DecisionLog(folder / "decisions.jsonl")
     for item in DECISIONS if decisions is None else decisions:
         log.append(item)
-    columns = ["adaptrain/lr/0", "adaptrain/lr/1", "adaptrain/rss_gib", "step", "train/loss", "val/accuracy"]
+    columns = ["adaptrain/lr/0", "adaptrain/lr/1", "adaptrain/host_rss_gib", "step", "train/loss", "val/accuracy"]
     with (folder / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -87,7 +87,7 @@ def run_folder(folder: Path, *, summary: Summary | None, decisions: list[Decisio
             writer.writerow(
                 {"step": step, "train/loss": 2.0 - step / 200, "adaptrain/lr/0": 1e-3, "adaptrain/lr/1": 1e-3}
             )
-            writer.writerow({"step": step, "adaptrain/rss_gib": 1.5})
+            writer.writerow({"step": step, "adaptrain/host_rss_gib": 1.5})
             if step % 50 == 0:
                 writer.writerow({"step": step, "val/accuracy": 0.5 + step / 1000})
     if summary is not None:

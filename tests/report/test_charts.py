@@ -73,7 +73,7 @@ def test_a_picture_is_described_in_words(tmp_path: Path) -> None:
     run_folder(tmp_path, summary=None)
     words = by_title(tmp_path, memory_limit_gib=4.0)["Memory"].description
     assert words == (
-        "Memory (GiB) over optimizer steps. rss: 1.50 at step 0, 1.50 at step 290;"
+        "Memory (GiB) over optimizer steps. host rss: 1.50 at step 0, 1.50 at step 290;"
         " structural events at step 120, 200; limit 4.00."
     )
 

@@ -108,3 +108,12 @@ def test_values_that_are_no_numbers_stay_as_they_are() -> None:
     assert content.change_text(odd) == "auto → 32"
     assert content.change_text(decision(0, "freezing", None, True, "")) == "— → True"
     assert content.knob_stories([odd])[0].headline == "1 decision, auto → 32"
+
+
+def test_a_skipped_step_is_told_but_does_not_count_as_the_last_value() -> None:
+    raised = decision(10, "learning_rate", 1.0, 1.5, "align: longer steps pay")
+    skipped = decision(20, "learning_rate", 1.5, 0.0, "guard: the loss is a spike; the step is skipped")
+    story = content.knob_stories([raised, skipped])[0]
+    assert story.headline == "2 decisions, 1.00x → 1.50x"
+    assert [item.step for item in story.telling] == [10, 20]
+    assert content.knob_stories([skipped])[0].headline == "1 decision, 1.50x → 1.50x"

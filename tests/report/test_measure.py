@@ -208,6 +208,16 @@ def test_a_baseline_that_cannot_compare_is_refused(tmp_path: Path, baseline: Sum
         load_baseline(tmp_path, data=DATA, metric="val/accuracy")
 
 
+def test_a_classifier_may_read_the_same_text_otherwise_a_language_model_may_not(tmp_path: Path) -> None:
+    there = {"source": "corpus", "task": "classification", "tokenizer": "one", "max_length": 64, "notes": ["cut"]}
+    here = there | {"tokenizer": "two", "max_length": 128, "notes": []}
+    plain_summary(data=there).save(tmp_path)
+    assert load_baseline(tmp_path, data=here, metric="val/accuracy").data == there
+    plain_summary(data=there | {"task": "language_model"}).save(tmp_path)
+    with pytest.raises(ConfigurationError, match="max_length: 64 there, 128 here; tokenizer: 'one' there"):
+        load_baseline(tmp_path, data=here | {"task": "language_model"}, metric="val/accuracy")
+
+
 def test_a_baseline_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no finished run"):
         load_baseline(tmp_path, data=DATA, metric="val/accuracy")
