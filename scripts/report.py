@@ -14,8 +14,8 @@ from pathlib import Path
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.report import Summary, print_report, render_comparison, render_knobs, render_table, write_html
-from adaptrain.report.content import decisions_of
 from adaptrain.report.html import check_run_folder
+from adaptrain.report.knobs import decisions_of
 from adaptrain.report.summary import SUMMARY_FILE
 
 

@@ -11,7 +11,8 @@ from typing import Literal
 
 from adaptrain.budget import FRACTIONS
 from adaptrain.decisions import Decision
-from adaptrain.report.content import is_number, significant
+from adaptrain.report.content import significant
+from adaptrain.report.knobs import is_number
 
 MAX_POINTS = 400  # more than a screen shows; keeps report.html small for a long run
 _MEMORY = ("_rss_gib", "_allocated_gib", "_used_gib")  # what the run holds; not what is free, or the limit

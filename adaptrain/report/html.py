@@ -10,7 +10,7 @@ from typing import Any
 
 from adaptrain.decisions import Decision
 from adaptrain.errors import ConfigurationError
-from adaptrain.report import content, svg
+from adaptrain.report import content, knobs, svg
 from adaptrain.report.charts import Chart, charts, read_metrics
 from adaptrain.report.style import STYLE
 from adaptrain.report.summary import SUMMARY_FILE, Summary
@@ -56,7 +56,7 @@ def check_run_folder(run_dir: str | os.PathLike[str]) -> None:
 
 
 def _page(folder: Path, summary: Summary | None) -> str:
-    decisions = content.decisions_of(folder)
+    decisions = knobs.decisions_of(folder)
     limit = next((c.limit for c in summary.constraints if c.name == "memory_gib"), None) if summary else None
     metric = summary.metric["name"] if summary else None
     drawable = charts(read_metrics(folder), decisions, metric=metric, memory_limit_gib=limit)
@@ -92,7 +92,8 @@ def _outcome(summary: Summary) -> Iterable[str]:
     kind = "neutral" if not summary.constraints else "good" if summary.met else "bad"
     yield f"<h1>{_text(summary.experiment)}</h1>"
     yield f'<p class="lead"><span class="badge {kind}">{_text(content.outcome(summary))}</span>'
-    yield f"{_text(content.status_text(summary))}, seed {summary.seed}, started {_text(summary.started)}</p>"
+    status, started = content.status_text(summary), content.started_text(summary)
+    yield f"{_text(status)}, seed {summary.seed}, started {_text(started)}</p>"
     if summary.constraints:
         yield '<ul class="limits">'
         for limit in content.limits(summary.constraints):
@@ -122,7 +123,7 @@ def _numbers(summary: Summary) -> Iterable[str]:
 
 def _knobs(decisions: Sequence[Decision]) -> Iterable[str]:
     yield "<h2>What each knob did</h2>"
-    stories = content.knob_stories(decisions)
+    stories = knobs.knob_stories(decisions)
     if not stories:
         yield "<p>No knob moved.</p>"
     for story in stories:
@@ -130,7 +131,7 @@ def _knobs(decisions: Sequence[Decision]) -> Iterable[str]:
         yield '<ol class="timeline">'
         for decision in story.telling:
             yield f'<li><span class="step">step {decision.step}</span>'
-            yield f"<strong>{_text(content.change_text(decision))}</strong> {_text(decision.reason)}</li>"
+            yield f"<strong>{_text(knobs.change_text(decision))}</strong> {_text(decision.reason)}</li>"
         yield "</ol>"
         if story.untold:
             yield f'<p class="note">{story.untold} more below.</p>'
@@ -159,12 +160,13 @@ def _all_decisions(decisions: Sequence[Decision]) -> Iterable[str]:
         return
     yield f"<details><summary>All {len(decisions)} decisions</summary>"
     heads = ("step", "knob", "change", "reason", "readings", "by")
-    yield '<div class="scroll"><table class="decisions"><thead><tr>'
+    yield '<div class="scroll" role="region" aria-label="All decisions" tabindex="0">'
+    yield '<table class="decisions"><thead><tr>'
     yield "".join(f'<th scope="col">{head}</th>' for head in heads) + "</tr></thead><tbody>"
     for decision in decisions:
         by = decision.source if decision.applied else f"{decision.source} (dry run)"
         knob = decision.knob.replace("_", " ")
-        cells = (str(decision.step), knob, content.change_text(decision), decision.reason)
+        cells = (str(decision.step), knob, knobs.change_text(decision), decision.reason)
         yield "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells)
         yield f"<td>{_pairs(decision.readings)}</td><td>{_text(by)}</td></tr>"
     yield "</tbody></table></div></details>"

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from adaptrain.decisions import Decision
-from adaptrain.report import content
+from adaptrain.report import content, knobs
 from adaptrain.report.summary import Summary
 
 MAX_WIDTH = 100
@@ -28,7 +28,7 @@ def render_table(summary: Summary, *, decisions: Sequence[Decision] | None = Non
         summary: The run's summary.
         decisions: The run's decisions; None reads `decisions.jsonl` in the run's folder.
     """
-    taken = content.decisions_of(summary.run_dir) if decisions is None else decisions
+    taken = knobs.decisions_of(summary.run_dir) if decisions is None else decisions
     return _Report(summary, taken)
 
 
@@ -110,7 +110,7 @@ def _numbers(summary: Summary, words: _Words) -> Table:
 
 
 def _knobs(decisions: Sequence[Decision], words: _Words) -> Iterator[Any]:
-    stories = content.knob_stories(decisions)
+    stories = knobs.knob_stories(decisions)
     yield words("What each knob did", "bold")
     if not stories:
         yield Padding(words("No knob moved."), (0, 0, 0, 2), expand=False)
@@ -121,7 +121,7 @@ def _knobs(decisions: Sequence[Decision], words: _Words) -> Iterator[Any]:
         lines.add_column(no_wrap=True)
         lines.add_column()
         for decision in story.telling:
-            change = words(content.change_text(decision))
+            change = words(knobs.change_text(decision))
             lines.add_row(words(f"step {decision.step}", "dim"), change, words(decision.reason))
         yield Padding(lines, (0, 0, 0, 4), expand=False)
 

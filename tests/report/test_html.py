@@ -41,7 +41,7 @@ def written(folder: Path, **settings: object) -> Page:
 def test_the_page_of_a_finished_run(tmp_path: Path) -> None:
     page = written(tmp_path, summary=summary())
     assert "quickstart" in page.text
-    assert "budget met" in page.text
+    assert "budget met finished, seed 1, started 2026-01-31 12:00 UTC" in page.text
     assert "✓ latency 0.49x (limit 0.50x): met" in page.text
     assert "accuracy (val) 61.2% 88.1% +26.9 points" in page.text
     assert "before the first structural event." in page.text
