@@ -1,0 +1,217 @@
+"""The callback that keeps the training step inside the memory there is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from adaptrain import _lightning
+from adaptrain._lightning.closure import wrap_closure
+from adaptrain.callbacks.base import AdaptiveCallback
+from adaptrain.decisions import Decision
+from adaptrain.errors import ConfigurationError
+from adaptrain.execution.engine import MicroBatching
+from adaptrain.execution.memory import GIB, StepMemory
+from adaptrain.execution.plan import Split
+from adaptrain.execution.ranks import Ranks
+from adaptrain.policies.batch_size import MicroBatchSizePolicy
+from adaptrain.policies.peak_memory import PeakMemoryFit
+
+
+class BatchSizeController(AdaptiveCallback):
+    """Runs the loader's batch in micro-batches that fit into memory and are fast, whatever the loader's batch size.
+
+    One optimizer step still sees exactly the loader's samples: the batch is split, each micro-batch's loss is weighted
+    by its share, and the gradients add up to those of the whole batch. When memory runs out in forward or backward the
+    same samples run again in smaller micro-batches, on every rank alike. The size is searched for: the smallest
+    within 2% of the best measured throughput whose predicted memory fits.
+
+    What is equal to the run without it, up to rounding: the gradients of losses that are means over samples or tokens,
+    `outputs["loss"]`, values logged with `self.log` (a mean is weighted like the loss; `reduce_fx="sum"` values are
+    taken to be counts and add up), and torchmetrics. What is not: dropout draws other masks; BatchNorm sees
+    micro-batches (a warning names it); a loss that compares the samples of a batch with each other sees fewer; a
+    value computed from a mean, such as the exponential of a loss, is averaged. Hooks around backward run once per
+    micro-batch. Attributes of the module that `training_step` changes itself are not taken back before a replay.
+
+    The search goes by measured time, so that two runs may settle on different sizes and differ in rounding. For
+    bit-reproducible runs give `micro_batch_size` as a number.
+
+    Under data-parallel training no gradient is communicated before all ranks are done: they vote first, so that a rank
+    that runs out of memory does not leave the others waiting. Reducing does not overlap with backward.
+
+    Args:
+        micro_batch_size: Samples at once: `"auto"`, or a number to begin with and to grow back to after an error.
+        split_by: `"tokens"`: sort the batch by length and trim the padding of each micro-batch, where it has an
+            `attention_mask`; or `"samples"`: keep the order and the padding.
+        weight_by: How micro-batches are weighted: `"samples"`, `"tokens"` (labels that are not -100), `"auto"` (by
+            tokens where there are integer `labels`, which is the same where none is -100), or a callable that
+            returns the weight of a micro-batch. Under data-parallel training the weights are summed over the ranks.
+        memory_limit_gib: The most this process may use, in GiB: resident memory on the host, tensors on a GPU. None:
+            what there is.
+        memory_fraction: The share of what there is that may be used, in (0, 1].
+        split: Your own split: `(batch, micro_batch_size) -> sequence of micro-batches`, each sample in one of them.
+        dry_run: Record the first proposal, change nothing.
+        name: Tells two of them apart in a checkpoint.
+
+    Raises:
+        ConfigurationError: An argument is out of its range, or the trainer cannot be served.
+    """
+
+    def __init__(
+        self,
+        *,
+        micro_batch_size: int | Literal["auto"] = "auto",
+        split_by: Literal["tokens", "samples"] = "tokens",
+        weight_by: Literal["auto", "samples", "tokens"] | Callable[[Any], float] = "auto",
+        memory_limit_gib: float | None = None,
+        memory_fraction: float = 0.9,
+        split: Split | None = None,
+        dry_run: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(dry_run=dry_run, name=name)
+        fixed = _checked_size(micro_batch_size)
+        if split_by not in ("tokens", "samples"):
+            raise ConfigurationError(f"split_by must be 'tokens' or 'samples', got {split_by!r}.")
+        if not callable(weight_by) and weight_by not in ("auto", "samples", "tokens"):
+            raise ConfigurationError(f"weight_by must be 'auto', 'samples', 'tokens' or a callable, got {weight_by!r}.")
+        if memory_limit_gib is not None and not (_is_number(memory_limit_gib) and memory_limit_gib > 0):
+            raise ConfigurationError(
+                f"memory_limit_gib must be a number of GiB greater than 0, got {memory_limit_gib!r}."
+            )
+        if not (_is_number(memory_fraction) and 0 < memory_fraction <= 1):
+            raise ConfigurationError(f"memory_fraction must be in (0, 1], got {memory_fraction!r}. The default is 0.9.")
+        if split is not None and not callable(split):
+            raise ConfigurationError(
+                f"split must be a callable (batch, micro_batch_size) -> micro-batches, got {split!r}."
+            )
+        self.micro_batch_size = micro_batch_size
+        self.split_by = split_by
+        self.weight_by = weight_by
+        self.memory_limit_gib = memory_limit_gib
+        self.memory_fraction = memory_fraction
+        self.split = split
+        self._policy = MicroBatchSizePolicy(fixed=fixed)
+        self._fit = PeakMemoryFit()
+        self._machine: dict[str, Any] | None = None
+        self._engine: MicroBatching | None = None
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuses what the closure seam cannot serve."""
+        _lightning.refuse_unsupported(trainer, pl_module, callback=type(self).__name__)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Takes over the closure."""
+        super().on_fit_start(trainer, pl_module)
+        self._check_training(trainer, pl_module)
+        device = trainer.strategy.root_device
+        memory = StepMemory(device, limit_gib=self.memory_limit_gib, fraction=self.memory_fraction)
+        self._check_memory(memory)
+        machine = memory.fingerprint()
+        if self._machine is not None and self._machine != machine:
+            self._policy.restart()
+            self._fit.clear()
+        self._machine = machine
+        self._engine = MicroBatching(
+            pl_module,
+            policy=self._policy,
+            fit=self._fit,
+            memory=memory,
+            ranks=Ranks(device),
+            by_length=self.split_by == "tokens",
+            weight_by=self.weight_by,
+            split=self.split,
+            dry_run=self.dry_run,
+        )
+        self.on_exit(self._let_go)
+        self.on_exit(wrap_closure(trainer, self._engine.run))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Records what the step led to."""
+        assert self._engine is not None
+        for proposal in self._engine.proposals:
+            self.record(
+                trainer,
+                "micro_batch_size",
+                old=proposal.old,
+                new=proposal.new,
+                reason=proposal.reason,
+                readings=proposal.readings,
+            )
+        self._engine.proposals = []
+        if trainer.loggers and not self.dry_run:
+            pl_module.log("adaptrain/micro_batch_size", float(self._engine.size))
+
+    def on_decision(self, trainer: Any, pl_module: Any, decision: Decision) -> None:
+        """Measures anew when the model's structure has changed."""
+        if decision.knob == "structure" and self._engine is not None:
+            self._engine.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the size, the search and the measured memory, with the machine they hold for."""
+        return {"policy": self._policy.state_dict(), "fit": self._fit.state_dict(), "machine": self._machine}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on with them; on another machine it measures anew, starting with the same size."""
+        self._policy.load_state_dict(state_dict["policy"])
+        self._fit.load_state_dict(state_dict["fit"])
+        self._machine = state_dict["machine"]
+
+    def _let_go(self) -> None:
+        self._engine = None
+
+    def _check_training(self, trainer: Any, pl_module: nn.Module) -> None:
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+            raise ConfigurationError(
+                "BatchSizeController does not serve LBFGS, which runs the closure several times in one step."
+                " Use another optimizer, or leave this callback out."
+            )
+        parts = dict(pl_module.named_modules())
+        if trainer.world_size > 1:
+            synced = [name for name, part in parts.items() if isinstance(part, nn.SyncBatchNorm)]
+            if synced:
+                raise ConfigurationError(
+                    f"BatchSizeController does not serve SyncBatchNorm ({', '.join(synced)}): it waits for all ranks in"
+                    " forward, and ranks may run different numbers of micro-batches. Use another norm."
+                )
+            if not isinstance(trainer.strategy.model, nn.parallel.DistributedDataParallel):
+                raise ConfigurationError(
+                    f"BatchSizeController serves several ranks with DistributedDataParallel only, not with"
+                    f" {type(trainer.strategy).__name__}. Use strategy='ddp', or leave this callback out."
+                )
+        norms = [name for name, part in parts.items() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        if norms and not self.dry_run:
+            warnings.warn(
+                f"BatchNorm computes its statistics per micro-batch, so that steps differ from unsplit ones:"
+                f" {', '.join(norms)}. LayerNorm or GroupNorm do not.",
+                stacklevel=2,
+            )
+
+    def _check_memory(self, memory: StepMemory) -> None:
+        used, limit = memory.used_bytes(), memory.limit_bytes()
+        if used < limit:
+            return
+        raise ConfigurationError(
+            f"The process uses {used / GIB:.2f} GiB before training has begun, and may use {limit / GIB:.2f} GiB"
+            f" (memory_limit_gib={self.memory_limit_gib}, memory_fraction={self.memory_fraction}). Raise the limit, or"
+            " use a smaller model or data set."
+        )
+
+
+def _checked_size(value: Any) -> int | None:
+    if value == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(
+            f"micro_batch_size must be 'auto' or a whole number of samples of at least 1, got {value!r}."
+        )
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

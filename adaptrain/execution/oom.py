@@ -1,0 +1,66 @@
+"""Recognising an out-of-memory error, whatever raised it, and giving memory back after one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import sys
+
+import torch
+
+# Substrings of messages, lower case. Only texts that mean "no memory": a plain cuBLAS or oneDNN failure is not one.
+_MESSAGES = (
+    "can't allocate memory",  # torch's CPU allocator
+    "cannot allocate memory",  # errno 12
+    "not enough memory: you tried to allocate",  # torch's CPU allocator on Windows
+    "std::bad_alloc",
+    "bad allocation",
+    "cuda out of memory",
+    "cuda error: out of memory",
+    "cuda_error_out_of_memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "hip out of memory",
+    "hip error: out of memory",
+    "hipblas_status_alloc_failed",
+    "rocblas_status_memory_error",
+    "mps backend out of memory",
+    "xpu out of memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, on any device.
+
+    Recognised: `torch.OutOfMemoryError`, Python's `MemoryError`, and the runtime errors of torch's CPU allocator,
+    CUDA, cuBLAS, cuDNN, HIP, MPS and XPU, by their messages.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        True for an out-of-memory error.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if not isinstance(error, (RuntimeError, OSError)):
+        return False
+    message = str(error).lower()
+    return any(text in message for text in _MESSAGES)
+
+
+def release_memory() -> None:
+    """Gives memory back to the device and to the system. Call it outside of any `except` block.
+
+    An exception's traceback keeps the frames of the failed step alive, and with them its tensors.
+    """
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    if sys.platform == "linux":
+        # glibc keeps freed blocks; under an address-space limit they are missing elsewhere.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

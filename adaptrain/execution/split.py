@@ -1,0 +1,204 @@
+"""Splitting a batch of any common shape into micro-batches: by samples, or sorted by length with padding trimmed."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label that PyTorch's and Hugging Face's losses leave out
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One micro-batch of a `BatchLayout`: rows of the ordered batch, columns of its sequences.
+
+    Args:
+        rows: First row, and one past the last.
+        columns: First column of the padded sequences, and one past the last; None where nothing is trimmed.
+        length: Columns that remain (1 where the batch has no sequences).
+    """
+
+    rows: tuple[int, int]
+    columns: tuple[int, int] | None
+    length: int
+
+    @property
+    def size(self) -> int:
+        """Samples in the micro-batch."""
+        return self.rows[1] - self.rows[0]
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """What is known of a batch before it is split.
+
+    Args:
+        size: Samples: the size of dimension 0 of its tensors.
+        length: Columns of its padded sequences; 1 where it has none.
+        spans: Per sample, the first column that is not padding and one past the last; None where the batch is not
+            split by length.
+        order: The rows by falling length; None where they stay as they are.
+        whole: Paths of tensors that look like sequences and are not: never trimmed.
+    """
+
+    size: int
+    length: int = 1
+    spans: Sequence[tuple[int, int]] | None = None
+    order: Sequence[int] | None = None
+    whole: frozenset[tuple[Any, ...]] = field(default_factory=frozenset)
+
+    def pieces(self, micro_batch_size: int) -> list[Piece]:
+        """Returns the micro-batches of at most `micro_batch_size` samples, even in size, longest first."""
+        count = -(-self.size // max(1, micro_batch_size))
+        bounds = [self.size * index // count for index in range(count + 1)]
+        return [self._piece(first, last) for first, last in itertools.pairwise(bounds)]
+
+    def _piece(self, first: int, last: int) -> Piece:
+        if self.spans is None:
+            return Piece((first, last), None, self.length)
+        rows = self.order[first:last] if self.order is not None else range(first, last)
+        start = min(self.spans[row][0] for row in rows)
+        stop = max(self.spans[row][1] for row in rows)
+        return Piece((first, last), None if stop - start == self.length else (start, stop), stop - start)
+
+    def ordered(self, batch: Any) -> Any:
+        """Returns the batch with its rows in `order`, to be given to `take`. One copy; none where `order` is None."""
+        if self.order is None:
+            return batch
+        index = torch.tensor(self.order)
+
+        def pick(leaf: Any, path: tuple[Any, ...]) -> Any:
+            if isinstance(leaf, Tensor):
+                return leaf.index_select(0, index.to(leaf.device))
+            return type(leaf)(leaf[row] for row in self.order or ())
+
+        return _map_samples(batch, self.size, pick)
+
+    def take(self, ordered: Any, piece: Piece) -> Any:
+        """Returns one micro-batch of a batch that `ordered` returned: the batch itself where it is all of it."""
+        if piece.size == self.size and piece.columns is None:
+            return ordered
+        first, last = piece.rows
+
+        def cut(leaf: Any, path: tuple[Any, ...]) -> Any:
+            if isinstance(leaf, Tensor) and piece.columns is not None and self._is_sequence(leaf, path):
+                # Models call `view` on labels and ids, which needs contiguous memory.
+                return leaf[first:last, piece.columns[0] : piece.columns[1]].contiguous()
+            return leaf[first:last]
+
+        return _map_samples(ordered, self.size, cut)
+
+    def _is_sequence(self, leaf: Tensor, path: tuple[Any, ...]) -> bool:
+        return leaf.ndim >= 2 and leaf.shape[1] == self.length and path not in self.whole
+
+
+def batch_size(batch: Any) -> int | None:
+    """Returns the samples of a batch: the size its tensors share in dimension 0.
+
+    Served are tensors, and mappings (`dict`, `BatchEncoding`), tuples, named tuples and lists of them, nested. A
+    tensor without dimensions, or with one row beside others of more, and anything that is not a tensor is shared by
+    all micro-batches, except a list with one entry per sample, which is split.
+
+    Args:
+        batch: What the loader yields.
+
+    Returns:
+        The size, or None where there is no tensor or their sizes differ: such a batch cannot be split safely.
+    """
+    sizes = {leaf.shape[0] for leaf, _ in _leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim}
+    if len(sizes) == 2:
+        sizes.discard(1)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def layout(batch: Any, *, by_length: bool, trim_left: bool = False) -> BatchLayout | None:
+    """Reads a batch's shape, and its lengths where it is to be split by length.
+
+    A sample's length comes from the first `attention_mask` of shape (samples, columns). A column with a label that
+    counts (labels of the mask's shape, not -100) is never taken for padding, so that no term of the loss is lost.
+    Columns on the left are trimmed only where that cannot move a token to another position: where the batch brings
+    `position_ids`, or with `trim_left`; and not where a sample's first token is itself a label, which a causal model
+    predicts from the padding before it.
+
+    Args:
+        batch: What the loader yields.
+        by_length: Sort by length and trim padding; where there is no mask, the rows stay as they are.
+        trim_left: The model knows positions only relative to each other (rotary embeddings).
+
+    Returns:
+        The layout, or None where the batch cannot be split (see `batch_size`).
+    """
+    size = batch_size(batch)
+    if size is None or size == 0:
+        return None
+    named = {path[-1]: leaf for leaf, path in reversed(list(_leaves(batch))) if path and isinstance(leaf, Tensor)}
+    mask = named.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        ids = named.get("input_ids")
+        return BatchLayout(size, length=ids.shape[1] if ids is not None and ids.ndim >= 2 else 1)
+    columns = mask.shape[1]
+    if not by_length:
+        return BatchLayout(size, length=columns)
+
+    used = mask != 0
+    labels = named.get("labels")
+    sequence_labels = labels is not None and labels.shape == mask.shape and not labels.is_floating_point()
+    counted = labels != IGNORED if sequence_labels and labels is not None else None
+    kept = used if counted is None else used | counted
+    # argmax gives the first of equal values; an empty row keeps all its columns.
+    kept_int = kept.to(torch.uint8)
+    starts = kept_int.argmax(1)
+    stops = columns - kept_int.flip(1).argmax(1)
+    if not (trim_left or "position_ids" in named):
+        starts = torch.zeros_like(starts)
+    elif counted is not None:
+        starts = torch.where(counted.gather(1, starts[:, None])[:, 0], 0, starts)
+    both = torch.stack([starts, stops]).tolist()  # one transfer from the device
+    spans = list(zip(both[0], both[1], strict=True))
+    lengths = [stop - start for start, stop in spans]
+    if min(lengths) == max(lengths) == columns:
+        return BatchLayout(size, length=columns)
+    order = sorted(range(size), key=lambda row: -lengths[row])
+    whole = frozenset(path for leaf, path in _leaves(batch) if _only_looks_like_sequence(leaf, used))
+    return BatchLayout(size, columns, spans, order if order != list(range(size)) else None, whole)
+
+
+def _only_looks_like_sequence(leaf: Any, used: Tensor) -> bool:
+    """A table of features or targets may have as many columns as the sequences: it holds values beside them."""
+    if not isinstance(leaf, Tensor) or leaf.shape != used.shape or not leaf.is_floating_point():
+        return False
+    return bool((leaf.masked_fill(used, 0) != 0).any())
+
+
+def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, (*path, key))
+    elif isinstance(node, (list, tuple)):
+        for number, value in enumerate(node):
+            yield from _leaves(value, (*path, number))
+    else:
+        yield node, path
+
+
+def _map_samples(node: Any, size: int, change: Any, path: tuple[Any, ...] = ()) -> Any:
+    """Rebuilds a batch with every leaf that has one entry per sample changed; the rest is shared."""
+    if isinstance(node, Tensor):
+        return change(node, path) if node.ndim and node.shape[0] == size else node
+    if isinstance(node, Mapping):
+        result: Any = copy.copy(node)  # keeps the class and what a BatchEncoding carries beside its data
+        for key, value in node.items():
+            result[key] = _map_samples(value, size, change, (*path, key))
+        return result
+    if isinstance(node, (list, tuple)):
+        if len(node) == size and not any(isinstance(leaf, Tensor) for leaf, _ in _leaves(node)):
+            return change(node, path) if not hasattr(node, "_fields") else node
+        items = [_map_samples(value, size, change, (*path, number)) for number, value in enumerate(node)]
+        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
+    return node

@@ -1,0 +1,212 @@
+"""One training step in micro-batches, replayed smaller when memory runs out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from adaptrain.execution.oom import is_out_of_memory, release_memory
+from adaptrain.execution.plan import Plan, Split, make_plan
+from adaptrain.execution.ranks import Ranks
+from adaptrain.execution.split import BatchLayout, Piece
+from adaptrain.execution.transaction import Transaction
+from adaptrain.execution.weight import WeightBy
+
+
+class Step(Protocol):
+    """What the runner needs of one batch's step; `_lightning.closure.ClosureStep` is one."""
+
+    batch: Any
+    zeroes_gradients: bool
+    ends_window: bool
+
+    def forward(self, batch: Any) -> Any: ...  # noqa: D102
+    def zero_grad(self) -> None: ...  # noqa: D102
+    def backward(self, loss: Tensor) -> None: ...  # noqa: D102
+    def result(self, loss: Tensor | None, extra: dict[str, Any]) -> Any: ...  # noqa: D102
+    def logged(self) -> Any: ...  # noqa: D102
+    def local(self) -> contextlib.AbstractContextManager[None]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An attempt that some rank could not finish.
+
+    Args:
+        size: Samples at once in the attempt, on the rank where they were most.
+        message: The first line of this rank's error; empty where only another rank ran out.
+    """
+
+    size: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step went.
+
+    Args:
+        result: What goes back to Lightning.
+        pieces: The micro-batches that ran.
+        failures: The attempts before, in order.
+        maxima: The largest of all ranks' `notes`, in the order they were given.
+    """
+
+    result: Any
+    pieces: list[Piece]
+    failures: list[Failure]
+    maxima: list[float]
+
+
+class DoesNotFitError(RuntimeError):
+    """A single sample, or a batch that cannot be split, does not fit into the memory there is."""
+
+
+class StepRunner:
+    """Runs a batch as micro-batches whose gradients add up to the whole batch's.
+
+    Each micro-batch's loss is multiplied by its share of the batch's weight, so that for a loss that is a mean over
+    samples or tokens the gradient is that of the unsplit step, up to rounding. With token weights under
+    data-parallel training the whole is what all ranks hold, as if one process had seen the global batch. Dropout
+    draws other masks than in the unsplit step: there the two are equal in distribution only.
+
+    Args:
+        module: The module that is trained.
+        ranks: The ranks of the run.
+        weight_by: See `sample_weights`; or a callable that returns the weight of a micro-batch.
+        split: `split(batch, micro_batch_size)` returns micro-batches; None: by the batch's layout.
+        report: Returns a description of memory, for the error when a single sample does not fit.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        ranks: Ranks,
+        weight_by: WeightBy = "auto",
+        split: Split | None = None,
+        report: Callable[[], str] = lambda: "",
+    ) -> None:
+        self._module = module
+        self._ranks = ranks
+        self._weight_by: WeightBy = weight_by
+        self._split = split
+        self._report = report
+        self._transaction = Transaction(module)
+        self._zeroed = False
+
+    def run(
+        self,
+        step: Step,
+        layout: BatchLayout | None,
+        micro_batch_size: int,
+        *,
+        shrink: Callable[[Failure], int],
+        notes: Sequence[float] = (),
+    ) -> Outcome:
+        """Runs one step, again and smaller for as long as memory runs out on any rank.
+
+        Args:
+            step: The step.
+            layout: The batch's layout; None where it cannot be split and runs whole.
+            micro_batch_size: Samples at once.
+            shrink: Asked after a failed attempt for the samples at once of the next; the same on every rank.
+            notes: Numbers of this rank whose maximum over the ranks the caller wants, without another collective.
+
+        Returns:
+            The outcome.
+
+        Raises:
+            DoesNotFitError: A single sample, or a batch that cannot be split, does not fit.
+        """
+        can_split = layout is not None or self._split is not None
+        failures: list[Failure] = []
+        self._zeroed = False
+        self._transaction.begin(hold_gradients=not step.zeroes_gradients)
+        try:
+            while True:
+                plan = make_plan(
+                    step.batch,
+                    layout,
+                    micro_batch_size,
+                    weight_by=self._weight_by,
+                    split=self._split,
+                    weigh_whole=self._ranks.count > 1,
+                )
+                logged = step.logged()
+                done, message = self._attempt(step, plan, self._scale(plan), logged)
+                ran_out, largest, *maxima = self._ranks.maxima([message is not None, plan.largest, *notes])
+                if not ran_out:
+                    break
+                done = None
+                release_memory()
+                self._transaction.rollback()
+                if not can_split or min(largest, micro_batch_size) <= 1:
+                    raise DoesNotFitError(_does_not_fit(layout, can_split, self._report(), message))
+                failures.append(Failure(int(largest), message or ""))
+                shrunk = shrink(failures[-1])
+                # A rank may have run fewer samples at once than the others: where it ran out, half of that is next.
+                micro_batch_size = min(shrunk, max(1, plan.largest // 2)) if message is not None else shrunk
+        except BaseException:
+            self._transaction.abort()
+            raise
+        self._transaction.commit()
+        if step.ends_window:
+            self._ranks.average_gradients(self._module.parameters())
+        logged.flush()
+        loss, outputs = done or (None, [])
+        return Outcome(step.result(loss, plan.join(outputs)), plan.pieces, failures, maxima)
+
+    def _scale(self, plan: Plan) -> float:
+        """The factor from a share of this rank's weight to a share of all ranks', before ranks are averaged."""
+        if self._ranks.count == 1 or self._weight_by == "samples":
+            return 1.0
+        everyone = self._ranks.sums([plan.total])[0]
+        return self._ranks.count * plan.total / everyone
+
+    def _attempt(
+        self, step: Step, plan: Plan, scale: float, logged: Any
+    ) -> tuple[tuple[Tensor | None, list[tuple[int, dict[str, Any]]]] | None, str | None]:
+        """Returns what was computed, or the out-of-memory error's message: the error itself pins its tensors."""
+        try:
+            with step.local() if self._ranks.count > 1 else contextlib.nullcontext(), logged.capture():
+                return self._micro_batches(step, plan, scale, logged), None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None, str(error).strip().split("\n")[0] or type(error).__name__
+
+    def _micro_batches(
+        self, step: Step, plan: Plan, scale: float, logged: Any
+    ) -> tuple[Tensor | None, list[tuple[int, dict[str, Any]]]]:
+        total: Tensor | None = None
+        outputs = []
+        for number, micro_batch, share in plan:
+            logged.next_piece(share)
+            output = step.forward(micro_batch)
+            if not self._zeroed:
+                # As Lightning does, between forward and backward; once, since an attempt taken back leaves no gradient.
+                step.zero_grad()
+                self._zeroed = True
+            if output.closure_loss is None:
+                continue
+            factor = share * scale
+            step.backward(output.closure_loss if factor == 1.0 else output.closure_loss * factor)
+            loss = output.loss if share == 1.0 else output.loss * share
+            total = loss if total is None else total + loss
+            outputs.append((number, output.extra))
+        return total, outputs
+
+
+def _does_not_fit(layout: BatchLayout | None, can_split: bool, report: str, message: str | None) -> str:
+    what = "A single sample" if can_split else "A batch that cannot be split into samples"
+    length = f" ({layout.length} columns)" if layout is not None and layout.length > 1 else ""
+    return (
+        f"{what}{length} does not fit into memory. {report} The error was: {message or 'on another rank'}\n"
+        "What to try: shorter sequences or smaller inputs, gradient checkpointing, a lower precision, an optimizer"
+        " with less state, a smaller model, or a higher memory_limit_gib where that is what limits."
+    )

@@ -1,0 +1,141 @@
+"""Taking a failed attempt back: what a forward and backward pass changes, kept and restored."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+# What torchmetrics keeps beside a metric's states, and leaves half-changed when an update fails.
+_METRIC_FIELDS = (
+    "_update_count",
+    "_computed",
+    "_forward_cache",
+    "_to_sync",
+    "_should_unsync",
+    "_is_synced",
+    "_enable_grad",
+    "_cache",
+    "compute_on_cpu",
+)
+
+
+class Transaction:
+    """Keeps what one training step may change, so that it can be run again on the same samples.
+
+    Kept are the random states (PyTorch's CPU and CUDA, Python's, NumPy's), buffers, torchmetrics inside the module,
+    and gradients accumulated by earlier batches. Not kept: other attributes that a `training_step` changes.
+
+    Args:
+        module: The module that is trained.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._buffers: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._random: Any = None
+        self._metrics: list[tuple[Metric, dict[str, Any], dict[str, Any]]] = []
+        self._held: list[tuple[nn.Parameter, Tensor]] = []
+
+    def begin(self, *, hold_gradients: bool) -> None:
+        """Keeps the state before the first attempt.
+
+        Args:
+            hold_gradients: Gradients of earlier batches of the accumulation window are put aside until `commit`;
+                False where the step zeroes them anyway.
+        """
+        self._random = _random_states()
+        self._keep_buffers()
+        self._metrics = [_metric_state(module) for module in self._module.modules() if isinstance(module, Metric)]
+        self._held = []
+        if hold_gradients:
+            self._held = [(p, p.grad) for p in self._module.parameters() if p.grad is not None]
+            self._drop_gradients()
+
+    def rollback(self) -> None:
+        """Restores the state that `begin` kept, with no gradient of the failed attempt left."""
+        self._drop_gradients()
+        self._restore()
+
+    def commit(self) -> None:
+        """Adds the gradients put aside to the new ones. The attempt succeeded."""
+        for parameter, gradient in self._held:
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        self._held = []
+
+    def abort(self) -> None:
+        """Brings the gradients put aside back: the step is given up."""
+        if self._held:
+            self._drop_gradients()
+        self.commit()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._module.parameters():
+            parameter.grad = None
+
+    def _keep_buffers(self) -> None:
+        # A buffer that did not change since it was last copied (its version counter says so) is not copied again.
+        kept = {}
+        for buffer in self._module.buffers():
+            known = self._buffers.get(id(buffer))
+            if known is None or known[0] is not buffer or known[1] != buffer._version:
+                known = (buffer, buffer._version, buffer.detach().clone())
+            kept[id(buffer)] = known
+        self._buffers = kept
+        self._owners = [
+            (module, name, buffer)
+            for module in self._module.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def _restore(self) -> None:
+        _set_random_states(self._random)
+        for owner, name, buffer in self._owners:
+            owner._buffers[name] = buffer  # a step may have put another tensor in its place
+            _, version, copied = self._buffers[id(buffer)]
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(copied)
+                self._buffers[id(buffer)] = (buffer, buffer._version, copied)
+        for metric, states, fields in self._metrics:
+            for name, value in states.items():
+                # Metrics of one collection share state tensors only until the next read, which shares them anew.
+                setattr(metric, name, list(value) if isinstance(value, list) else value.clone())
+            vars(metric).update(fields)
+
+
+def named_instances(module: nn.Module, kinds: type | tuple[type, ...]) -> Iterable[str]:
+    """Yields the names of the submodules of these classes."""
+    return (name or type(part).__name__ for name, part in module.named_modules() if isinstance(part, kinds))
+
+
+def _metric_state(metric: Metric) -> tuple[Metric, dict[str, Any], dict[str, Any]]:
+    states = {}
+    for name in metric._defaults:
+        value = getattr(metric, name)
+        # A list state is only appended to, so that its tensors need no copy; a tensor state is added to in place.
+        states[name] = list(value) if isinstance(value, list) else value.detach().clone()
+    fields = {name: metric.__dict__[name] for name in _METRIC_FIELDS if name in metric.__dict__}
+    return metric, states, fields
+
+
+def _random_states() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda, random.getstate(), numpy.random.get_state() if numpy is not None else None
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    cpu, cuda, python, numpy_state = states
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+    random.setstate(python)
+    if numpy_state is not None:
+        sys.modules["numpy"].random.set_state(numpy_state)
