@@ -26,7 +26,11 @@ else:
         """A callback that the trainers of both Lightning namespaces accept."""
 
 
+from adaptrain._lightning.position import batches_trained
+from adaptrain._lightning.resume import replay_random_state
+from adaptrain._lightning.stop import run_last, work_follows_batch
 from adaptrain._lightning.trainer import (
+    all_gather,
     all_reduce,
     at_step_boundary,
     broadcast,
@@ -42,13 +46,18 @@ __all__ = [
     "LightningDataModule",
     "LightningModule",
     "Trainer",
+    "all_gather",
     "all_reduce",
     "at_step_boundary",
+    "batches_trained",
     "broadcast",
     "is_rank_zero",
     "progress",
     "refuse_unsupported",
+    "replay_random_state",
     "run_folder",
+    "run_last",
     "seed_everything",
     "total_steps",
+    "work_follows_batch",
 ]

@@ -82,6 +82,15 @@ def all_reduce(
     return tensor.tolist()
 
 
+def all_gather(value: Any) -> list[Any]:
+    """Returns every rank's `value`, which must pickle, in order of rank. A collective: call it on every rank."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def refuse_unsupported(trainer: Any, pl_module: Any, *, callback: str) -> None:
     """Refuses, before training, what the seams cannot serve.
 
