@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 
 @contextlib.contextmanager
@@ -30,32 +30,37 @@ def unwrapped(trainer: Any) -> Iterator[None]:
             strategy.configure_ddp()
 
 
-def before_weights_load(pl_module: Any, prepare: Callable[[dict[str, Any]], object]) -> Callable[[], None]:
-    """Calls `prepare(checkpoint)` before a trainer loads weights into a module.
+def before_module_hook(
+    pl_module: Any,
+    hook: Literal["on_load_checkpoint", "on_save_checkpoint"],
+    prepare: Callable[[dict[str, Any]], object],
+) -> Callable[[], None]:
+    """Calls `prepare(checkpoint)` before a checkpoint hook of a module, which still runs.
 
-    A callback's own `on_load_checkpoint` comes after the weights; the module's comes before.
+    A callback's own `on_load_checkpoint` comes after the weights are loaded, the module's before; a callback's
+    `on_save_checkpoint` is left out where only weights are saved, the module's is not.
 
     Args:
-        pl_module: The module; its own `on_load_checkpoint` still runs.
+        pl_module: The module.
+        hook: The hook's name.
         prepare: What to do with the checkpoint first.
 
     Returns:
         A function that undoes it.
     """
-    replaced = pl_module.__dict__.get("on_load_checkpoint")
-    original = pl_module.on_load_checkpoint
+    replaced = pl_module.__dict__.get(hook)
+    original = getattr(pl_module, hook)
 
-    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+    def wrapped(checkpoint: dict[str, Any]) -> None:
         prepare(checkpoint)
         original(checkpoint)
 
     def undo() -> None:
-        if replaced is None:
-            pl_module.__dict__.pop("on_load_checkpoint", None)
-        else:
-            pl_module.on_load_checkpoint = replaced
+        pl_module.__dict__.pop(hook, None)
+        if replaced is not None:
+            setattr(pl_module, hook, replaced)
 
-    pl_module.on_load_checkpoint = on_load_checkpoint
+    setattr(pl_module, hook, wrapped)
     return undo
 
 

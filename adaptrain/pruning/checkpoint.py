@@ -26,6 +26,8 @@ def replay(module: Any, checkpoint: Mapping[str, Any]) -> None:
         ConfigurationError: The structure is of another architecture.
     """
     saved = checkpoint.get(CHECKPOINT_KEY)
+    if saved is None and not any(map(structures.is_pruned, module.modules())):
+        return
     match = find_family(module)
     if saved is None:
         wanted = structures.dense(match)

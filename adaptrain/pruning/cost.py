@@ -85,6 +85,11 @@ def measure_latency(
     return {name: statistics.median(sorted(times[name])[: (repeats + 1) // 2]) for name in names}
 
 
+def repeats_for(latency_ms: float) -> int:
+    """Returns how often to time a forward pass: about half a second's worth, from 20 to 100 times."""
+    return round(min(100.0, max(20.0, 500.0 / max(latency_ms, 1e-3))))
+
+
 def peak_activation_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Returns the most bytes that tensors made by one forward pass occupy at once, as seen by torch's operators.
 

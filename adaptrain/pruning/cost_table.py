@@ -201,7 +201,8 @@ def _measure(
                 if name not in models:
                     models[name] = _variant(twin, _with_widths(dense, {kind: width}), layers).model
                 names[shape].setdefault(kind, {})[width] = name
-    times = cost.measure_latency(models, inputs, repeats=9)
+    rough = cost.measure_latency({"dense": twin.model}, inputs, repeats=3)["dense"]
+    times = cost.measure_latency(models, inputs, repeats=max(9, cost.repeats_for(rough) // 3))
     points: dict[tuple[Any, ...], dict[str, list[list[float]]]] = {}
     for shape, layers in probed.items():
         points[shape] = {}

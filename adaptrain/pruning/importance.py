@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import Match
 from adaptrain.pruning.surgery import slices
@@ -46,6 +47,21 @@ class TaylorScores:
     def ready(self) -> bool:
         """Whether any gradient has been seen."""
         return self._steps > 0
+
+    def check(self) -> None:
+        """Refuses a model whose gradients will not be there.
+
+        Raises:
+            ConfigurationError: An output projection is frozen.
+        """
+        for layer in range(len(self.match.layers)):
+            for kind in self.kinds:
+                parts = slices(self.match, layer, kind)
+                if parts and not parts[-1].linear.weight.requires_grad:
+                    raise ConfigurationError(
+                        f"importance='taylor' scores by gradients, but the {kind} of layer {layer} are frozen"
+                        " (requires_grad=False). Use importance='magnitude', or train them."
+                    )
 
     @torch.no_grad()
     def update(self) -> None:

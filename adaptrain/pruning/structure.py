@@ -40,6 +40,11 @@ def dense(match: Match) -> Structure:
     return [{kind: list(range(layer[kind])) for kind in ("heads", "ffn")} for layer in dimensions(match)]
 
 
+def is_pruned(module: nn.Module) -> bool:
+    """Whether a module is a model whose structure was changed."""
+    return hasattr(module, _ATTRIBUTE)
+
+
 def copy_of(structure: Structure) -> Structure:
     """Returns an independent copy."""
     return [{kind: list(kept) for kind, kept in layer.items()} for layer in structure]

@@ -1,0 +1,290 @@
+"""Prunes a model's structure while it trains, until it fits a measured budget."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adaptrain import _lightning
+from adaptrain._lightning.structure import before_module_hook, unwrapped, validation_follows
+from adaptrain.callbacks.base import AdaptiveCallback
+from adaptrain.errors import ConfigurationError
+from adaptrain.policies.sparsity import CubicSchedule
+from adaptrain.pruning import structure as structures
+from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
+from adaptrain.pruning.events import describe_event
+from adaptrain.pruning.families import KINDS, Match, find_family
+from adaptrain.pruning.importance import METHODS, Scores, TaylorScores, magnitude_scores
+from adaptrain.pruning.pruner import Pruner
+from adaptrain.pruning.shape import typical_shape
+from adaptrain.pruning.structure import Structure
+from adaptrain.pruning.surgery import check_optimizers, shrink
+from adaptrain.pruning.target import read_target
+
+_log = logging.getLogger(__name__)
+
+
+class ProgressivePruning(AdaptiveCallback):
+    """Shrinks a model in a few events during training, so that it ends within a budget.
+
+    At each event the least important attention heads and feed-forward neurons are cut out: matrices get smaller, and
+    gradients, optimizer state, ties and hooks go with them. What goes is decided over all layers at once, by what it
+    is worth for what it costs; costs are a table of parameters, FLOPs and memory, and of latency measured on the
+    training device. The last event measures the real structure against the dense one and corrects. Training that
+    ends before its last event is pruned to the target at its end, with a warning.
+
+    Checkpoints hold the structure; with this callback a trainer rebuilds the shapes before it loads weights, and
+    `adaptrain.load_from_checkpoint` does so without a trainer.
+
+    Args:
+        target: What the final model may cost: fractions of the dense model in (0, 1] (`latency`, `params`, `flops`,
+            `memory`), or `latency_ms` (milliseconds), `params_m` (millions). Several hold at once; None entries are
+            no limit, and with none at all nothing is pruned.
+        groups: What may go: `"heads"` (attention heads; key-value heads with their query heads where grouped) and
+            `"ffn"` (feed-forward neurons).
+        importance: How units are scored: `"taylor"` (from gradients of training) or `"magnitude"` (of weights).
+        schedule: When events come and how far each goes: an object with `plan()`, such as `CubicSchedule`, or its
+            arguments as a mapping. None: `CubicSchedule()`, 6 events from 10% to 60% of training.
+        round_to: FFN widths become multiples of this: `"auto"` (by device and width), a number, or a mapping by group.
+        latency_input: The (batch, sequence) to measure and count at. None: the loader's batch size and the median of
+            the padded lengths of a few batches.
+        dry_run: Record what would be cut, by the scores there are, and cut nothing.
+        name: Tells two instances apart in a checkpoint.
+
+    Raises:
+        ConfigurationError: An argument is out of its range; or, before training, the model cannot be pruned, or the
+            target cannot be met.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: Mapping[str, Any],
+        groups: Sequence[str] = KINDS,
+        importance: str = "taylor",
+        schedule: Any = None,
+        round_to: str | int | Mapping[str, int] = "auto",
+        latency_input: Sequence[int] | None = None,
+        dry_run: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(dry_run=dry_run, name=name)
+        self.target = read_target(target)
+        self.groups = _read_groups(groups)
+        if importance not in METHODS:
+            raise ConfigurationError(f"importance must be one of {', '.join(METHODS)}, got {importance!r}.")
+        self.importance = importance
+        self.schedule = CubicSchedule(**schedule) if isinstance(schedule, Mapping) else schedule or CubicSchedule()
+        self.round_to = _read_round_to(round_to)
+        self.latency_input = None if latency_input is None else _read_shape(latency_input)
+        self._match: Match | None = None
+        self._pruner: Pruner | None = None
+        self._taylor: TaylorScores | None = None
+        self._report: dict[str, Any] = {}
+        self._checked = False  # the optimizers' state
+        self._state: dict[str, Any] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._done = 0  # events that are over
+        self._waited = False  # the event that is due let a validation run first
+        self._planned: Structure | None = None  # in a dry run: what would be left
+        self._table: dict[str, Any] | None = None
+        self._dense_metrics: dict[str, float] = {}
+        self._dense_step: int | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Finds the model, and prepares its shapes to follow checkpoints."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._reset()
+            self._taylor, self._checked, self._report = None, False, {}
+        elif self.target:
+            self._match = find_family(pl_module)
+        self.on_exit(before_module_hook(pl_module, "on_load_checkpoint", lambda saved: replay(pl_module, saved)))
+        self.on_exit(before_module_hook(pl_module, "on_save_checkpoint", self._note_structure))
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuses, before training, models that cannot be pruned and trainers that cannot be served."""
+        self._match = None
+        if not self.target:
+            _log.info("ProgressivePruning has no target, so the structure stays as it is.")
+            return
+        _lightning.refuse_unsupported(trainer, pl_module, callback=type(self).__name__)
+        match = self._match = find_family(pl_module)
+        for kind in self.groups:
+            if not any(layer[kind] for layer in structures.dimensions(match)):
+                raise ConfigurationError(f"groups names {kind!r}, but {type(match.model).__name__} has none to prune.")
+        if self.importance == "taylor":
+            self._taylor = TaylorScores(match, self.groups)
+            self._taylor.check()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Builds the cost table, and refuses a target that cannot be met."""
+        if self._match is None:
+            return
+        self._pruner = Pruner(self._match, self.groups, self.target, self.round_to)
+        if self._table is None:
+            shape = self.latency_input or typical_shape(trainer.train_dataloader)
+            # One rank measures, undisturbed by the others, and all decide by its numbers.
+            table = self._pruner.build_table(shape) if _lightning.is_rank_zero(trainer) else None
+            self._table = _lightning.broadcast(trainer, table)
+        assert self._table is not None
+        self._pruner.use_table(self._table)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Scores the units by the gradients of this step, complete and not yet clipped."""
+        if self._taylor is not None and self._done < len(self.schedule.plan()):
+            self._taylor.update()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Prunes where an event is due, after a complete optimizer step."""
+        if self._pruner is None or not _lightning.at_step_boundary(trainer):
+            return
+        if not self._checked:
+            assert self._match is not None
+            check_optimizers(self._match, trainer.optimizers)
+            self._checked = True
+        plan = self.schedule.plan()
+        progress = _lightning.progress(trainer)
+        due = sum(event.position <= progress + 1e-9 for event in plan)
+        if due <= self._done or (self._taylor is not None and not self._taylor.ready):
+            return
+        if not self._waited and _anywhere(validation_follows(trainer), pl_module):
+            self._waited = True  # validation first: it shows a model that has recovered, not one just cut
+            return
+        self._prune(trainer, pl_module, due, progress)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keeps the metrics of the dense model: those of the last validation before the first event."""
+        if self._pruner is not None and self._done == 0 and not trainer.sanity_checking:
+            self._dense_metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self._dense_step = int(trainer.global_step)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Prunes what training ended too early for, and measures the final model against a dense one."""
+        if self._pruner is None:
+            return
+        assert self._match is not None
+        events = len(self.schedule.plan())
+        scored = self._taylor is None or self._taylor.ready
+        if self._done < events and scored:
+            _log.warning(
+                "Training ended before pruning event %d of %d; the rest is pruned now, without training to recover.",
+                self._done + 1,
+                events,
+            )
+            self._prune(trainer, pl_module, events, _lightning.progress(trainer))
+        report = self._pruner.report() if _lightning.is_rank_zero(trainer) else None
+        self._report = _lightning.broadcast(trainer, report)
+        self._report["dense"] |= {"metrics": self._dense_metrics, "step": self._dense_step}
+        self._report["events"] = self._done
+
+    def report(self) -> dict[str, Any]:
+        """Returns what came of it, after fit.
+
+        Returns:
+            `dense` and `final`, each with `params`, `flops`, `latency_ms` and `size_bytes`, latencies measured in
+            turns at the end of fit; in `dense` also `metrics` of the last validation before the first event, empty
+            where there was none, and its `step`. `latency_input`, `constraints` (each `name`, `limit`, `value`,
+            `met`) and the number of `events`. Empty without a target, and before the end of fit.
+        """
+        return self._report
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Notes the structure beside the weights."""
+        self._note_structure(checkpoint)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns where pruning stands, and the numbers it decides by, as plain Python."""
+        return {
+            "done": self._done,
+            "waited": self._waited,
+            "planned": self._planned,
+            "table": self._table,
+            "taylor": None if self._taylor is None else self._taylor.state_dict(),
+            "dense_metrics": self._dense_metrics,
+            "dense_step": self._dense_step,
+            "structure": None if self._match is None else structures.record(self._match),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over where a run stood."""
+        self._done = state_dict["done"]
+        self._waited = state_dict["waited"]
+        self._planned = state_dict["planned"]
+        self._table = state_dict["table"]
+        self._dense_metrics = state_dict["dense_metrics"]
+        self._dense_step = state_dict["dense_step"]
+        if self._taylor is not None and state_dict["taylor"] is not None:
+            self._taylor.load_state_dict(state_dict["taylor"])
+
+    def _note_structure(self, checkpoint: dict[str, Any]) -> None:
+        if self._match is not None:
+            checkpoint[CHECKPOINT_KEY] = structures.record(self._match)
+
+    def _prune(self, trainer: Any, pl_module: Any, due: int, progress: float) -> None:
+        """Brings the structure to where it is to be after the first `due` events."""
+        match, pruner, plan = self._match, self._pruner, self.schedule.plan()
+        assert match is not None
+        assert pruner is not None
+        scores = self._scores(pl_module)
+        have = self._planned or structures.current(match)
+        answer: tuple[Structure, float | None] | None = None
+        if _lightning.is_rank_zero(trainer):
+            share = plan[due - 1].share
+            answer = pruner.settle(have, scores) if due == len(plan) else (pruner.propose(have, scores, share), None)
+        wanted, measured = _lightning.broadcast(trainer, answer)
+        first, self._done, self._waited = self._done + 1, due, False
+        if wanted == have:
+            return
+        if self.dry_run:
+            self._planned = wanted
+        else:
+            with unwrapped(trainer):
+                shrink(match, wanted, trainer.optimizers)
+        old, new, reason, readings = describe_event(
+            pruner, have, wanted, first=first, event=due, plan=plan, progress=progress, measured=measured
+        )
+        self.record(trainer, "structure", old=old, new=new, reason=reason, readings=readings)
+
+    def _scores(self, pl_module: Any) -> Scores:
+        """Returns the scores, the same on every rank."""
+        assert self._match is not None
+        scores = self._taylor.scores() if self._taylor is not None else magnitude_scores(self._match, self.groups)
+        flat = [value for layer in scores for values in layer.values() for value in values]
+        shared = iter(_lightning.all_reduce(flat, device=pl_module.device))
+        return [{kind: [next(shared) for _ in values] for kind, values in layer.items()} for layer in scores]
+
+
+def _anywhere(flag: bool, pl_module: Any) -> bool:
+    """Whether `flag` is true on any rank: validation by the clock may come on one and not yet on another."""
+    return bool(_lightning.all_reduce([float(flag)], op="max", device=pl_module.device)[0])
+
+
+def _read_groups(groups: Sequence[str]) -> tuple[str, ...]:
+    named = (groups,) if isinstance(groups, str) else tuple(groups)
+    if not named or any(kind not in KINDS for kind in named):
+        raise ConfigurationError(f"groups must name some of {', '.join(KINDS)}, got {list(named)}.")
+    return tuple(kind for kind in KINDS if kind in named)
+
+
+def _read_round_to(round_to: str | int | Mapping[str, int]) -> str | int | dict[str, int]:
+    values = round_to.values() if isinstance(round_to, Mapping) else [round_to]
+    numbers = all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values)
+    if round_to != "auto" and not (numbers and (not isinstance(round_to, Mapping) or set(round_to) <= set(KINDS))):
+        raise ConfigurationError(
+            f"round_to must be 'auto', a whole number of at least 1, or a mapping such as {{'heads': 1, 'ffn': 16}};"
+            f" got {round_to!r}."
+        )
+    return dict(round_to) if isinstance(round_to, Mapping) else round_to
+
+
+def _read_shape(shape: Sequence[int]) -> tuple[int, int]:
+    values = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else (shape,)
+    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise ConfigurationError(
+            f"latency_input must be (batch, sequence), two whole numbers of at least 1, got {shape!r}."
+        )
+    return values

@@ -1,0 +1,182 @@
+"""Bringing one model to its target: what is allowed when, which structure that means, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from adaptrain.errors import ConfigurationError
+from adaptrain.pruning import cost
+from adaptrain.pruning import structure as structures
+from adaptrain.pruning.cost_table import CostTable, with_structure
+from adaptrain.pruning.families import Match
+from adaptrain.pruning.importance import Scores
+from adaptrain.pruning.solver import solve
+from adaptrain.pruning.structure import Structure
+from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
+
+_AIM = 0.98  # of a latency limit: what noise may take away again
+_NEAR = 0.95  # of a latency limit: below it, more was cut than needed
+_ROUNDS = 6
+_STRIDE = 0.75  # the most that one measurement, which may be off, moves the aim
+_UNIT_NAMES = {"heads": "heads", "ffn": "FFN neurons"}
+
+
+class Pruner:
+    """Decides the structure of one model under one target.
+
+    Args:
+        match: The model.
+        kinds: The kinds of units that may go.
+        target: The limits as `read_target` returns them.
+        round_to: The multiple that widths are kept to: `"auto"`, one number for FFN widths, or one by kind.
+    """
+
+    def __init__(
+        self, match: Match, kinds: tuple[str, ...], target: Mapping[str, float], round_to: str | int | Mapping[str, int]
+    ) -> None:
+        self.match = match
+        self.kinds = kinds
+        self.target = dict(target)
+        self.table: CostTable | None = None
+        self.round_to = _round_to(match, round_to)
+
+    def build_table(self, shape: tuple[int, int]) -> dict[str, Any]:
+        """Computes and measures what structures cost at a (batch, sequence), as plain Python for `use_table`."""
+        latency = any(cost_name(name) == "latency" for name in self.target)
+        return CostTable.build(self.match, self.kinds, shape, latency=latency).state
+
+    def use_table(self, state: Mapping[str, Any]) -> None:
+        """Takes a cost table.
+
+        Raises:
+            ConfigurationError: Even the smallest structure exceeds a limit; it says what the least is.
+        """
+        self.table = CostTable(state)
+        dense, least = self.table.dense, self.table.least
+        for name, value in self.target.items():
+            possible = in_given_unit(name, least[cost_name(name)], dense[cost_name(name)])
+            if possible > value:
+                gone = " and ".join(_UNIT_NAMES[kind] for kind in self.kinds)
+                needs = f"{possible:.2g} of the dense model's {name}" if name == cost_name(name) else f"{possible:.3g}"
+                raise ConfigurationError(
+                    f"budget.{name}={value:g} cannot be met: with all {gone} removed the model still needs {needs}."
+                    " Raise the limit, allow more groups, or start from a smaller model."
+                )
+
+    def limits(self, share: float) -> dict[str, float]:
+        """Returns the absolute limits once `share` in [0, 1] of the whole reduction is due."""
+        assert self.table is not None
+        dense = self.table.dense
+        final = absolute_limits(self.target, dense)
+        return {name: dense[name] - share * (dense[name] - limit) for name, limit in final.items()}
+
+    def propose(self, structure: Structure, scores: Scores, share: float) -> Structure:
+        """Returns the structure to have at `share` of the reduction, by the table.
+
+        Args:
+            structure: What is left now.
+            scores: What each unit is worth.
+            share: The share of the whole reduction that is due.
+        """
+        assert self.table is not None
+        return solve(structure, scores, self.table, self.limits(share), self.round_to)
+
+    def settle(self, structure: Structure, scores: Scores) -> tuple[Structure, float | None]:
+        """Returns the final structure, and its measured latency as a fraction of the dense model's.
+
+        Where latency is limited, the candidate is measured against the dense model, and cut more or less until the
+        measured value is at the limit: what a table interpolates and adds up is not quite what a model takes.
+
+        Args:
+            structure: What is left now.
+            scores: What each unit is worth.
+        """
+        assert self.table is not None
+        limits = self.limits(1.0)
+        if "latency" not in limits:
+            return solve(structure, scores, self.table, limits, self.round_to), None
+        twin = Match(self.match.dense_twin(), self.match.family)
+        inputs = self._inputs(twin)
+        repeats = cost.repeats_for(self.table.dense["latency"])
+        tried: list[tuple[float, float, Structure]] = []
+        aim, fits, fails = limits["latency"] * _AIM, 0.0, math.inf
+        for _ in range(_ROUNDS):
+            candidate = solve(structure, scores, self.table, {**limits, "latency": aim}, self.round_to)
+            models = {"dense": twin.model, "candidate": with_structure(twin, candidate)}
+            times = cost.measure_latency(models, inputs, repeats=repeats)
+            used = max(
+                in_given_unit(name, times["candidate"], times["dense"]) / value
+                for name, value in self.target.items()
+                if cost_name(name) == "latency"
+            )
+            tried.append((used, times["candidate"] / times["dense"], candidate))
+            if _NEAR <= used <= 1 or (used <= 1 and candidate == structure):
+                break
+            fits, fails = (max(fits, aim), fails) if used <= 1 else (fits, min(fails, aim))
+            aim *= min(1 / _STRIDE, max(_STRIDE, _AIM / used))
+            if not fits < aim < fails:
+                aim = math.sqrt(fits * fails)
+        # Of those that fit the slowest, which kept the most; where none fits, the fastest.
+        fitting = [entry for entry in tried if entry[0] <= 1]
+        _, measured, chosen = (
+            max(fitting, key=lambda entry: entry[0]) if fitting else min(tried, key=lambda entry: entry[0])
+        )
+        return chosen, measured
+
+    def report(self) -> dict[str, Any]:
+        """Measures the model against a dense one.
+
+        Returns:
+            `dense` and `final` with `params`, `flops`, `latency_ms` and `size_bytes`; `latency_input`; `constraints`,
+            each with `name`, `limit`, `value` and `met`.
+        """
+        assert self.table is not None
+        twin = Match(self.match.dense_twin(), self.match.family)
+        inputs = self._inputs(twin)
+        models: dict[str, nn.Module] = {"dense": twin.model, "final": self.match.model}
+        report: dict[str, Any] = {"latency_input": list(self.table.state["shape"])}
+        repeats = cost.repeats_for(self.table.dense.get("latency", 0.0))
+        for turns in (1, 2, 3):  # a difference of a percent needs more of them
+            times = cost.measure_latency(models, inputs, repeats=turns * repeats)
+            report["constraints"] = self._constraints(times)
+            if all(entry["met"] for entry in report["constraints"] if cost_name(entry["name"]) == "latency"):
+                break
+        for name, model in models.items():
+            report[name] = {
+                "params": cost.count_params(model),
+                "flops": cost.count_flops(model, inputs),
+                "latency_ms": times[name],  # pyright: ignore[reportPossiblyUnboundVariable]
+                "size_bytes": cost.size_on_disk_bytes(model),
+            }
+        return report
+
+    def _constraints(self, times: Mapping[str, float]) -> list[dict[str, Any]]:
+        assert self.table is not None
+        dense = {**self.table.dense, "latency": times["dense"]}
+        final = {**self.table.total(structures.widths(structures.current(self.match))), "latency": times["final"]}
+        found = []
+        for name, limit in self.target.items():
+            value = in_given_unit(name, final[cost_name(name)], dense[cost_name(name)])
+            found.append({"name": name, "limit": limit, "value": value, "met": value <= limit})
+        return found
+
+    def _inputs(self, match: Match) -> dict[str, Any]:
+        assert self.table is not None
+        batch, sequence = self.table.state["shape"]
+        return match.example_inputs(batch, sequence)
+
+
+def _round_to(match: Match, given: str | int | Mapping[str, int]) -> dict[str, int]:
+    """Returns the multiple of each kind's widths: 1 for heads; for FFN what the device's matrix kernels like."""
+    if isinstance(given, Mapping):
+        return {"heads": int(given.get("heads", 1)), "ffn": int(given.get("ffn", 8))}
+    if isinstance(given, int):
+        return {"heads": 1, "ffn": given}
+    widest = max(layer["ffn"] for layer in structures.dimensions(match))
+    kernel = 64 if next(match.model.parameters()).device.type == "cuda" and widest >= 512 else 8
+    # About 64 steps or fewer for a wide layer: finer ones cost the solver time and buy nothing.
+    return {"heads": 1, "ffn": max(1, min(kernel, widest // 8), widest // 64 // kernel * kernel)}
