@@ -1,0 +1,1 @@
+"""Text for the app: the embedded corpus, data modules and models."""

@@ -1,0 +1,38 @@
+"""The optimizer of the text models."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from adaptrain.errors import ConfigurationError
+
+
+def build_optimizer(
+    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """Returns AdamW that decays matrices alone: biases and the scales of norms are left to the data.
+
+    Args:
+        model: Its parameters that require a gradient are trained.
+        lr: Peak learning rate, above 0.
+        weight_decay: Decay of the matrices, 0 or above.
+        betas: Decay rates of the moments, in [0, 1).
+
+    Raises:
+        ConfigurationError: An argument is out of its range.
+    """
+    if not (lr > 0 and math.isfinite(lr)):
+        raise ConfigurationError(f"model.lr must be greater than 0, got {lr!r}.")
+    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+        raise ConfigurationError(f"model.weight_decay must be 0 or greater, got {weight_decay!r}.")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigurationError(f"model.betas must be two numbers in [0, 1), got {list(betas)!r}.")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)
