@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from adaptrain.budget import FRACTIONS
 from adaptrain.decisions import Decision
 from adaptrain.report.content import significant
 from adaptrain.report.knobs import is_number
@@ -104,11 +103,13 @@ def charts(
     events = [decision for decision in applied if decision.knob == "structure"]
     marks = tuple(dict.fromkeys(decision.step for decision in events))
     last = max([0.0, *(steps[-1] for steps, _ in metrics.values()), *(float(d.step) for d in applied)])
+    sizes = _knob_lines(applied, last)
+    size_title = f"{sizes[0].label} size".capitalize() if len(sizes) == 1 else "Batch size"
     found = [
         Chart("Loss", "loss", _losses(metrics), marks, end=last),
         _metric_chart(metrics, metric, marks, last),
         Chart("Effective learning rate", "learning rate", _rates(metrics), marks, end=last, scale="log"),
-        Chart("Batch size", "samples", _knob_lines(applied, last), marks, end=last, scale="zero"),
+        Chart(size_title, "samples", sizes, marks, end=last, scale="zero"),
         Chart("Cost of the model", "share of the dense model", _costs(events, last), end=last, scale="zero"),
         Chart("Memory", "GiB", _memory(metrics), marks, memory_limit_gib, end=last, scale="zero"),
     ]
@@ -156,15 +157,15 @@ def _knob_lines(applied: Sequence[Decision], last: float) -> tuple[Series, ...]:
 
 
 def _costs(events: Sequence[Decision], last: float) -> tuple[Series, ...]:
-    """The model's costs after each event, as shares of the dense model's; all of them estimates but parameters."""
+    """The model's costs after each event, as shares of the dense model's."""
     if not events or not events[0].old:
         return ()
     steps = [0.0, *(float(event.step) for event in events)]
     lines = [_held("parameters", steps, [1.0, *(event.new / events[0].old for event in events)], last)]
-    for name in FRACTIONS:
-        shares = [event.readings.get(name) for event in events]
-        if name != "params" and all(is_number(share) for share in shares):
-            lines.append(_held(f"{name} (estimated)", steps, [1.0, *(float(share) for share in shares)], last))  # pyright: ignore[reportArgumentType]
+    for name, label in (("latency", "latency (estimated)"), ("flops", "FLOPs"), ("memory", "memory")):
+        shares = [float(share) for event in events if is_number(share := event.readings.get(name))]
+        if len(shares) == len(events):
+            lines.append(_held(label, steps, [1.0, *shares], last))
     return tuple(lines)
 
 

@@ -55,9 +55,10 @@ class Limit:
 
 def significant(value: float, digits: int = 3) -> str:
     """`value` with `digits` significant digits, never in exponent form: `3.21`, `66.4`, `110`, `1234`, `0.0204`."""
-    if value == 0:
-        return "0"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    rounded = abs(float(f"{value:.{digits}g}"))  # 9.999 is 10.0, not 10.00
+    decimals = digits - 1 - math.floor(math.log10(rounded))
     return f"{value:.{max(decimals, 0)}f}"
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from adaptrain.decisions import Decision, read_decisions
 from adaptrain.errors import ConfigurationError
@@ -35,7 +35,7 @@ class KnobStory:
     untold: int
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether `value` is an int or a float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -89,15 +89,17 @@ def _path(knob: str, taken: Sequence[Decision]) -> str:
 
 
 def _telling(taken: list[Decision]) -> tuple[Decision, ...]:
-    """The first decision, the largest of every other kind of reason, then the last and the largest of the rest.
+    """The first and the last decision, the largest of every other kind of reason, then the largest of the rest.
 
     Reasons are of one kind when they differ in their numbers only.
     """
     largest = sorted(taken, key=_size, reverse=True)
-    kinds = {re.sub(r"[\d.]+", "#", decision.reason): decision for decision in (*reversed(largest), taken[0])}
+    kinds = {
+        re.sub(r"[\d.]+", "#", decision.reason): decision for decision in (*reversed(largest), taken[-1], taken[0])
+    }
     by_size = sorted(kinds.values(), key=_size, reverse=True)
     chosen: list[Decision] = []
-    for decision in (taken[0], *by_size, taken[-1], *largest):
+    for decision in (taken[0], taken[-1], *by_size, *largest):
         if len(chosen) < REASONS_PER_KNOB and not any(decision is other for other in chosen):
             chosen.append(decision)
     positions = {id(decision): index for index, decision in enumerate(taken)}

@@ -166,12 +166,10 @@ def _column(measured: Mapping[str, Any], shape: Iterable[int], **more: Any) -> C
 
 
 def _before_pruning(step: int | None, metric: str, value: float | None) -> str:
-    if step is None or value is None:
+    if step is None:
         return "the dense model as built; it was not validated before the first structural event"
-    return (
-        f"the dense model as measured at step {step}, before the first structural event;"
-        f" its {metric} is that of a partly trained model"
-    )
+    source = f"the dense model as measured at step {step}, before the first structural event"
+    return source if value is None else f"{source}; its {metric} is that of a partly trained model"
 
 
 def _beside(

@@ -60,6 +60,8 @@ def draw(chart: Chart, *, name: str) -> str:
             axes.set_yscale("log")
         elif chart.scale == "zero":
             axes.set_ylim(bottom=0)
+            if all(value.is_integer() for line in chart.series for value in line.values):
+                axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlim(0, max(chart.end, 1) * 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("optimizer step", color=_INK)

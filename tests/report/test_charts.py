@@ -18,13 +18,13 @@ def test_every_picture_of_a_full_run(tmp_path: Path) -> None:
     run_folder(tmp_path, summary=None)
     drawn = by_title(tmp_path, memory_limit_gib=4.0)
     assert list(drawn) == [
-        *("Loss", "val/accuracy", "Effective learning rate", "Batch size", "Cost of the model", "Memory")
+        *("Loss", "val/accuracy", "Effective learning rate", "Micro-batch size", "Cost of the model", "Memory")
     ]
     assert drawn["Loss"].marks == (120, 200)
     assert drawn["Memory"].limit == 4.0
     rates = drawn["Effective learning rate"]
     assert (rates.scale, len(rates.series)) == ("log", 1)  # two groups at one rate are one line
-    sizes = drawn["Batch size"].series[0]
+    sizes = drawn["Micro-batch size"].series[0]
     assert (sizes.steps, sizes.values) == ((0, 210, 290), (32, 64, 64))
     costs = {line.label: line.values for line in drawn["Cost of the model"].series}
     assert costs["latency (estimated)"] == (1.0, 0.7, 0.49, 0.49)
@@ -81,3 +81,10 @@ def test_a_picture_is_described_in_words(tmp_path: Path) -> None:
 def test_an_unfinished_run_finds_its_metric_by_itself(tmp_path: Path) -> None:
     run_folder(tmp_path, summary=None)
     assert "val/accuracy" in by_title(tmp_path, metric=None)
+
+
+def test_both_batch_sizes_share_a_picture() -> None:
+    grown = [*DECISIONS, decision(250, "global_batch_size", 64, 128, "the gradient noise scale is 300")]
+    drawn = {chart.title: chart for chart in charts({}, grown, metric=None, memory_limit_gib=None)}
+    assert [line.label for line in drawn["Batch size"].series] == ["micro-batch", "global batch"]
+    assert drawn["Batch size"].series[1].values == (64, 128, 128)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,16 @@ from tests.report.samples import DENSE, FINAL, plain_summary, summary
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(3.2119, "3.21"), (66.44, "66.4"), (110.2, "110"), (1234.4, "1234"), (0.02044, "0.0204"), (0, "0")],
+    [
+        (3.2119, "3.21"),
+        (66.44, "66.4"),
+        (110.2, "110"),
+        (1234.4, "1234"),
+        (0.02044, "0.0204"),
+        (9.999, "10.0"),
+        (0, "0"),
+        (math.inf, "inf"),
+    ],
 )
 def test_significant_digits(value: float, text: str) -> None:
     assert content.significant(value) == text

@@ -100,6 +100,12 @@ def test_a_dense_model_that_was_never_validated_has_costs_only() -> None:
     assert "not validated before the first structural event" in seen.dense_source
 
 
+def test_pruning_without_a_target_reports_nothing_and_the_final_model_is_measured_here() -> None:
+    seen = measured(pruning_report={})
+    assert seen.dense is None
+    assert seen.final.params > 100
+
+
 def test_pruning_that_changed_nothing_leaves_nothing_to_compare() -> None:
     assert measured(pruning_report=pruning_report(params=100)).dense is None
 
