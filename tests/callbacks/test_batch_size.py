@@ -126,7 +126,7 @@ def test_split_steps_equal_unsplit_ones(size, split_by: str, accumulate: int, tm
     expected = fit(plain, tmp_path, **settings)
     got = fit(split, tmp_path, BatchSizeController(micro_batch_size=size, split_by=split_by), **settings)
     assert split.scarce.calls >= plain.scarce.calls
-    torch.testing.assert_close(weights(split), weights(plain), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(weights(split), weights(plain), rtol=1e-12, atol=1e-12)
     assert split.losses == pytest.approx(plain.losses, rel=1e-12)
     assert metrics(got) == pytest.approx(metrics(expected), rel=1e-6)
     assert split.steps_seen == plain.steps_seen == 48
@@ -139,7 +139,7 @@ def test_running_out_of_memory_is_survived_with_equal_weights(phase: str, accumu
     expected = fit(plain, tmp_path, accumulate_grad_batches=accumulate)
     got = fit(scarce, tmp_path, BatchSizeController(micro_batch_size=12), accumulate_grad_batches=accumulate)
     assert scarce.scarce.errors == 2  # 12, then 6 at once; 3 fit
-    torch.testing.assert_close(weights(scarce), weights(plain), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(weights(scarce), weights(plain), rtol=1e-12, atol=1e-12)
     assert scarce.losses == pytest.approx(plain.losses, rel=1e-12)
     assert metrics(got) == pytest.approx(metrics(expected), rel=1e-6)
     assert scarce.steps_seen == 48
@@ -158,7 +158,7 @@ def test_errors_at_random_micro_batches_lose_no_sample(seed: int, phase: str, tm
     expected = fit(plain, tmp_path, max_epochs=2)
     got = fit(scarce, tmp_path, BatchSizeController(micro_batch_size=6), max_epochs=2)
     assert scarce.scarce.errors == 2
-    torch.testing.assert_close(weights(scarce), weights(plain), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(weights(scarce), weights(plain), rtol=1e-12, atol=1e-12)
     assert metrics(got) == pytest.approx(metrics(expected), rel=1e-6)
 
 
@@ -213,7 +213,7 @@ def test_a_scaling_precision_plugin_is_served(tmp_path: Path) -> None:
     plain, scarce = ScarceModule(), ScarceModule(Scarce(most=4, phase="backward"))
     fit(plain, tmp_path, plugins=[Scaling()], gradient_clip_val=0.1)
     fit(scarce, tmp_path, BatchSizeController(), plugins=[Scaling()], gradient_clip_val=0.1)
-    torch.testing.assert_close(weights(scarce), weights(plain), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(weights(scarce), weights(plain), rtol=1e-12, atol=1e-12)
 
 
 def test_bfloat16_autocast_runs(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_batches_of_every_common_shape(shape: str, tmp_path: Path) -> None:
         trainer = quiet_trainer(tmp_path, callbacks=[controller] if controller else [])
         trainer.fit(module, text_loader(batch_size=12, collate_fn=collate))
         results.append(weights(module))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
 def test_a_users_split_and_weight(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_users_split_and_weight(tmp_path: Path) -> None:
     plain, module = ScarceModule(), ScarceModule(Scarce(most=3))
     fit(plain, tmp_path)
     fit(module, tmp_path, BatchSizeController(micro_batch_size=8, split=split, weight_by=weight))
-    torch.testing.assert_close(weights(module), weights(plain), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(weights(module), weights(plain), rtol=1e-12, atol=1e-12)
 
 
 def test_a_single_sample_that_does_not_fit_raises_with_advice(tmp_path: Path) -> None:
