@@ -37,6 +37,7 @@ from adaptrain._lightning.trainer import (
     is_rank_zero,
     progress,
     refuse_unsupported,
+    resume_step,
     run_folder,
     total_steps,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "progress",
     "refuse_unsupported",
     "replay_random_state",
+    "resume_step",
     "run_folder",
     "run_last",
     "seed_everything",

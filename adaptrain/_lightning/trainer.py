@@ -39,6 +39,17 @@ def progress(trainer: Any) -> float:
     return min(1.0, trainer.global_step / total) if total else 0.0
 
 
+def resume_step(trainer: Any) -> int | None:
+    """The optimizer step that a fit resumes from, or None for a new run.
+
+    In `on_fit_start` the trainer still counts from 0: the checkpoint is open, but its loops are not restored.
+    """
+    if not trainer.ckpt_path:
+        return None
+    opened = trainer._checkpoint_connector._loaded_checkpoint
+    return int(opened["global_step"]) if opened else int(trainer.global_step)
+
+
 def at_step_boundary(trainer: Any) -> bool:
     """In `on_train_batch_end`: whether the batch just done ended an accumulation window with an optimizer step."""
     return not trainer.fit_loop._should_accumulate()

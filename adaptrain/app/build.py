@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from adaptrain.app.errors import built_from
+from adaptrain.errors import ConfigurationError
 
 
 def build(node: Any, key: str, **kwargs: Any) -> Any:
@@ -32,12 +33,19 @@ def build_each(nodes: DictConfig | None, key: str) -> dict[str, Any]:
 
     An entry that is null, or without a `_target_`, builds nothing: an experiment may set a value of a callback that
     `callbacks=none` leaves out.
+
+    Raises:
+        ConfigurationError: An entry is a plain value, or as for `build`.
     """
-    return {
-        str(name): build(node, f"{key}.{name}")
-        for name, node in (nodes or {}).items()
-        if node is not None and "_target_" in node
-    }
+    built = {}
+    for name, node in (nodes or {}).items():
+        if node is not None and not OmegaConf.is_dict(node):
+            raise ConfigurationError(
+                f"{key}.{name} must be settings with a _target_, or null to leave it out; got {node!r}."
+            )
+        if node is not None and "_target_" in node:
+            built[str(name)] = build(node, f"{key}.{name}")
+    return built
 
 
 def build_callbacks(cfg: DictConfig) -> tuple[dict[str, Any], list[Any]]:

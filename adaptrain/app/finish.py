@@ -107,7 +107,7 @@ def finish(
         The value of the metric named `optimized`, NaN where it is not finite; None on ranks other than zero.
 
     Raises:
-        ConfigurationError: No such metric was logged.
+        ConfigurationError: No such metric was logged; the run's report is complete all the same.
     """
     from adaptrain import report
     from adaptrain.callbacks.base import decision_log
@@ -116,11 +116,9 @@ def finish(
     # The last weights: an earlier checkpoint, however good, may hold a model from before a structural event.
     trainer.save_checkpoint(folder / runs.CHECKPOINTS / "last.ckpt")
     final = _merged(trainer.validate(model, datamodule=data, verbose=False))
-    test = _merged(trainer.test(model, datamodule=data, verbose=False)) if data.describe()["test"] else {}
+    test = _merged(trainer.test(model, datamodule=data, verbose=False))
     metric, mode = config.metric_of(data.task)
     values = trained | final | test
-    if optimized not in values:
-        raise config.unknown_metric(optimized, values)
     decisions = decision_log(trainer)
     if not trainer.is_global_zero:
         return None
@@ -154,6 +152,8 @@ def finish(
     page = report.write_html(folder)
     log.info("The whole report: %s", page)
     log.info("Compare with a plain run: %s ... callbacks=none, then report.baseline=<its folder>", program())
+    if optimized not in values:
+        raise config.unknown_metric(optimized, values)
     return values[optimized]
 
 

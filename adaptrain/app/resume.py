@@ -87,9 +87,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int]:
     return path, step
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run can be resumed at all."""
-    return any((folder / runs.CHECKPOINTS).glob("*.ckpt"))
+def is_resumable(folder: Path) -> bool:
+    """Whether a run has a checkpoint and is not finished."""
+    return not (folder / SUMMARY_FILE).exists() and any((folder / runs.CHECKPOINTS).glob("*.ckpt"))
 
 
 def _saved_config(folder: Path) -> DictConfig:

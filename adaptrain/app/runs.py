@@ -30,8 +30,11 @@ FOLDER_VARIABLE = "ADAPTRAIN_RUN_DIR"
 
 
 def is_rank_zero() -> bool:
-    """Whether this process writes the run's files, known before there is a trainer."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+    """Whether this process writes the run's files: known before there is a trainer, from what launchers set."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return os.environ[name] == "0"
+    return True
 
 
 def choose(cfg: DictConfig, *, sweep_job: str | None) -> Path:
@@ -90,7 +93,10 @@ def remove_empty(folder: Path) -> None:
 
 @contextmanager
 def log_file(folder: Path) -> Iterator[None]:
-    """Copies log messages to train.log in the run's folder, and what ends the body early."""
+    """Copies log messages to train.log in the run's folder, and what ends the body early; on rank zero."""
+    if not is_rank_zero():
+        yield
+        return
     handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     root = logging.getLogger()

@@ -99,9 +99,14 @@ def run(cfg: DictConfig, *, overrides: Sequence[str] = (), sweep_job: str | None
     try:
         return _train(cfg, folder, resumed, overrides)
     except BaseException as error:
-        if resume.has_checkpoint(folder):
+        if resume.is_resumable(folder):
             errors.show_resume(folder)
-        elif new and runs.is_rank_zero() and (errors.user_message(error) or errors.is_interrupt(error)):
+        elif (
+            new
+            and not (folder / resume.SUMMARY_FILE).exists()
+            and runs.is_rank_zero()
+            and (errors.user_message(error) or errors.is_interrupt(error))
+        ):
             runs.discard(folder)
         raise
 
@@ -118,6 +123,10 @@ def _train(cfg: DictConfig, folder: Path, resumed: Any, overrides: Sequence[str]
 
     _quiet_lightning()
     _lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    named, callbacks = build_callbacks(cfg)
+    trainer = build_trainer(cfg, callbacks)
+    if budget.target and "pruning" not in named:
+        log.warning("The budget asks for a smaller model (%s), but nothing in callbacks prunes.", _given(budget.target))
     data = build(cfg.data, "data")
     data.prepare_data()
     data.setup("fit")
@@ -125,10 +134,6 @@ def _train(cfg: DictConfig, folder: Path, resumed: Any, overrides: Sequence[str]
     baseline = finish.load_baseline(cfg, data)
     model = build(cfg.model, "model", data=data)
     latency_input = finish.check_latency_input(cfg, model)
-    named, callbacks = build_callbacks(cfg)
-    trainer = build_trainer(cfg, callbacks)
-    if budget.target and "pruning" not in named:
-        log.warning("The budget asks for a smaller model (%s), but nothing in callbacks prunes.", _given(budget.target))
 
     if runs.is_rank_zero():
         facts = runs.create(folder, saved_cfg, overrides) if resumed is None else runs.read_facts(folder)
@@ -166,8 +171,12 @@ def _quiet_lightning() -> None:
     # What it has found (GPU available: False, ...) and hints at products; the run's own facts say what it runs on.
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Advice of Lightning's and of a pytree class it uses: nothing that a user of this command can act on.
-    for message in (".*does not have many workers.*", ".*isinstance\\(treespec, LeafSpec\\).*"):
+    # Advice that a user of this command can do nothing about.
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",  # as it is when a run is resumed
+        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of a deprecated class
+    ):
         warnings.filterwarnings("ignore", message=message)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn at every batch
 

@@ -21,8 +21,7 @@ def decision_log(trainer: Any) -> DecisionLog:
     if trainer not in _LOGS:
         folder = _lightning.run_folder(trainer)
         path = folder / "decisions.jsonl" if _lightning.is_rank_zero(trainer) else None
-        resume_step = trainer.global_step if trainer.ckpt_path else None
-        _LOGS[trainer] = DecisionLog(path, resume_step=resume_step)
+        _LOGS[trainer] = DecisionLog(path, resume_step=_lightning.resume_step(trainer))
     return _LOGS[trainer]
 
 
