@@ -231,7 +231,7 @@ class LearningRateController(AdaptiveCallback):
         loss = torch.stack([x.detach().float() for x in self._window]).sum() * scale if self._window else None
         norm = gradient_norm(optimizer) if self.guard else torch.zeros(())
         values = torch.stack([norm if loss is None else loss.to(norm.device), norm]).tolist()
-        finite = float(math.isfinite(values[0]) and math.isfinite(values[1]))
+        finite = float(math.isfinite(values[1]))
         probed, cosine, ratio = 0, None, None
         if (multiplier.align or multiplier.cap) and finite:
             probed = 1 if self._steps < _PROBE_EACH else PROBE_EVERY * (self._steps % PROBE_EVERY == 0)
@@ -244,7 +244,7 @@ class LearningRateController(AdaptiveCallback):
         mean, finite, *probes = _lightning.all_reduce(vector, device=pl_module.device)
         known = [None if math.isnan(value) else value for value in probes]
         return Signal(
-            loss=None if loss is None else (mean if finite == 1 else math.nan),
+            loss=None if loss is None else mean,
             rate=max(float(group["lr"]) for group in optimizer.param_groups),
             gradients_finite=finite == 1,
             probed=probed,
@@ -257,10 +257,12 @@ class LearningRateController(AdaptiveCallback):
         multiplier = self._multiplier
         if multiplier is None or multiplier.guard is None or self.dry_run or loss is None:
             return
-        if self._snapshot is None or multiplier.guard.snapshot_due(loss):
+        due = multiplier.guard.snapshot_due(loss)
+        if due:
+            multiplier.guard.kept()
+        if due or self._snapshot is None:
             self._snapshot = self._snapshot or HostSnapshot()
             self._snapshot.take(pl_module, optimizer, scaler)
-            multiplier.guard.kept()
 
     def _skip(self, pl_module: Any, optimizer: Any) -> None:
         for group in optimizer.param_groups:

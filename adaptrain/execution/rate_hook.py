@@ -51,5 +51,5 @@ class RateHook:
     def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.restore()  # an exception in the last step skipped its post-hook
         self._inside = True
-        if not args and kwargs.get("closure") is None:
+        if len(args) < 2 and kwargs.get("closure") is None:  # torch hands the optimizer itself as args[0]
             self.multiply()

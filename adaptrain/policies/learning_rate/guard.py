@@ -17,9 +17,10 @@ class Guard(Factor):
 
     * A loss or gradient that is not finite: skip the step.
     * A spike, more than `sigmas` robust standard deviations (1.4826 · MAD) above the median of the last 128 accepted
-      losses: skip. It must be one both of the losses and of their logarithms, so that the heavy tail of a loss near
-      zero, where a hard sample is no fault, is left alone; and at most 4 of 128 steps are skipped as spikes, so that a
-      loss that moved for good is soon the new normal. Nothing is judged before 32 losses.
+      losses: skip. Up to twice the loss that training began with it must be one of the logarithms as well, so that
+      the heavy tail of a loss near zero, where a hard sample is no fault, is left alone; and at most 4 of 128 steps
+      are skipped as spikes, so that a loss that moved for good is soon the new normal. Nothing is judged before 32
+      losses.
     * Divergence: 5 of the last 8 steps bad, or the median of the last 32 accepted losses both significantly above
       where it was at the last snapshot and half-way back to where training began: roll back to the snapshot.
 
@@ -103,7 +104,7 @@ class Guard(Factor):
         if self.initial is None and self.accepted == 8:
             self.initial = median(self.losses)
         if self.accepted >= 32 and self.accepted % 8 == 0:
-            self.limit = upper_limit(self.losses, self.sigmas)
+            self.limit = upper_limit(self.losses, self.sigmas, worst=2 * (self.initial or 0.0))
 
     def _risen(self) -> bool:
         if self.accepted % 8 or self.accepted < 32 or self.initial is None:
@@ -143,10 +144,12 @@ def deviation(values: Sequence[float], center: float) -> float:
     return 1.4826 * median(abs(value - center) for value in values)
 
 
-def upper_limit(values: Sequence[float], sigmas: float) -> float:
+def upper_limit(values: Sequence[float], sigmas: float, *, worst: float) -> float:
     """Returns the value above which a loss is a spike: `sigmas` above the median, in plain and in log scale alike.
 
-    A spread below a thousandth of the median counts as that: a loss that hardly moves has no spikes in its last digits.
+    In log scale a loss that has fallen a long way within `values` would excuse anything, so above `worst` the plain
+    scale alone counts. A spread below a thousandth of the median counts as that: a loss that hardly moves has no
+    spikes in its last digits.
     """
     center = median(values)
     limit = center + sigmas * max(deviation(values, center), 1e-3 * abs(center))
@@ -154,4 +157,5 @@ def upper_limit(values: Sequence[float], sigmas: float) -> float:
         return limit
     logs = [math.log(value) for value in values]
     center = median(logs)
-    return max(limit, math.exp(min(700.0, center + sigmas * max(deviation(logs, center), 1e-3))))
+    tail = math.exp(min(700.0, center + sigmas * max(deviation(logs, center), 1e-3)))
+    return max(limit, min(tail, worst))

@@ -120,7 +120,8 @@ class MetricPlateau(Factor):
     def observe(self, metric: float) -> bool:
         """Takes in one validation's metric and returns whether the factor was halved."""
         signed = -metric if self.mode == "min" else metric
-        if self.best is None or signed > self.best + self.threshold * abs(self.best):
+        improved = self.best is None or signed > self.best + self.threshold * abs(self.best)
+        if improved and math.isfinite(signed):
             self.best, self.waited = signed, 0
             return False
         self.waited += 1

@@ -1,0 +1,400 @@
+"""The factors of the learning-rate multiplier on synthetic signals of known truth."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+
+from adaptrain.policies.learning_rate import (
+    Align,
+    Batch,
+    Cap,
+    Guard,
+    Journal,
+    LossPlateau,
+    MetricPlateau,
+    Multiplier,
+    Recover,
+    Signal,
+)
+
+
+def noisy(level: float, spread: float, count: int, seed: int = 0) -> list[float]:
+    rng = random.Random(seed)
+    return [level + rng.gauss(0, spread) for _ in range(count)]
+
+
+# align
+
+
+def test_align_raises_while_gradients_agree_and_only_after_its_warmup():
+    align = Align()
+    for _ in range(10):
+        align.observe(0.3)
+    assert align.value == 1.0
+    align.observe(0.3)
+    assert math.log(align.value) == pytest.approx(0.1 * (0.3 - 0.02))
+
+
+def test_align_rises_by_no_more_than_its_largest_rise():
+    align = Align(warmup=0)
+    align.observe(1.0)
+    assert math.log(align.value) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.015, -0.5])
+def test_align_leaves_a_good_rate_alone_and_never_lowers(cosine):
+    align = Align()
+    for value in noisy(cosine, 0.001, 500):
+        align.observe(value)
+    assert align.value == 1.0
+
+
+def test_align_of_a_probe_that_stands_for_four_steps_is_that_of_four_steps():
+    each, fourth = Align(), Align()
+    for step in range(400):
+        each.observe(0.1)
+        if step % 4 == 0:
+            fourth.observe(0.1, steps=4)
+    assert math.log(fourth.value) == pytest.approx(math.log(each.value), rel=0.02)
+
+
+def test_align_stops_at_its_ceiling_and_below_half_of_it_after_a_divergence():
+    align = Align(ceiling=100.0)
+    for _ in range(1000):
+        align.observe(0.9)
+    assert align.value == pytest.approx(100.0)
+    align.relapse()
+    assert align.value == pytest.approx(50.0)
+    align.observe(0.9)
+    assert align.value == pytest.approx(50.0)
+
+
+# cap
+
+
+def test_cap_makes_the_step_as_long_as_kappa_allows():
+    cap = Cap(kappa=0.015)
+    assert cap.value(1.0) == 1.0
+    cap.observe(3.0)
+    assert cap.value(1e-3) == 1.0
+    factor = cap.value(0.1)
+    assert 0.1 * factor * 3.0 == pytest.approx(0.015)
+    cap.observe(None)
+    assert cap.value(0.1) == 1.0
+
+
+# plateau
+
+
+def test_plateau_leaves_a_falling_loss_alone():
+    plateau = LossPlateau()
+    losses = [3.0 - step / 500 + noise for step, noise in enumerate(noisy(0, 0.05, 1000))]
+    assert not any(plateau.observe(loss, rate=1e-3, cosine=0.0) for loss in losses)
+    assert plateau.value == 1.0
+
+
+def test_plateau_halves_where_the_loss_stands_still():
+    plateau = LossPlateau()
+    steps = [step for step, loss in enumerate(noisy(2.0, 0.1, 1000)) if plateau.observe(loss, rate=1.0, cosine=0.0)]
+    assert steps
+    assert steps[0] >= 149  # one window to compare with, and two flat ones
+    assert plateau.value == pytest.approx(0.5 ** len(steps))
+
+
+def test_plateau_halves_at_once_where_the_loss_rises_surely():
+    plateau = LossPlateau()
+    losses = noisy(2.0, 0.1, 50) + noisy(2.5, 0.1, 50, seed=1)
+    halved = [plateau.observe(loss, rate=1.0, cosine=0.5) for loss in losses]
+    assert halved.index(True) == 99
+
+
+def test_plateau_waits_while_gradients_still_agree():
+    plateau = LossPlateau()
+    assert not any(plateau.observe(2.0, rate=1.0, cosine=0.3) for _ in range(1000))
+
+
+def test_plateau_is_off_while_the_schedule_anneals_unless_told_otherwise():
+    rates = [1.0 - step / 1000 for step in range(1000)]
+    auto, always = LossPlateau(), LossPlateau(anneal=True)
+    losses = noisy(2.0, 0.1, 1000)
+    assert not any(auto.observe(loss, rate=rate, cosine=0.0) for loss, rate in zip(losses, rates, strict=True))
+    assert any(always.observe(loss, rate=rate, cosine=0.0) for loss, rate in zip(losses, rates, strict=True))
+
+
+def test_plateau_judges_between_the_steps_of_a_staircase():
+    plateau = LossPlateau()
+    rates = [1.0 if step < 75 else 0.1 for step in range(400)]
+    halved = [
+        plateau.observe(loss, rate=rate, cosine=0.0) for loss, rate in zip(noisy(2, 0.1, 400), rates, strict=True)
+    ]
+    assert halved.index(True) >= 75 + 149
+
+
+def test_plateau_never_falls_below_its_floor():
+    plateau = LossPlateau(floor=0.01)
+    for loss in noisy(2.0, 0.1, 20_000):
+        plateau.observe(loss, rate=1.0, cosine=None)
+    assert plateau.value == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("min", -1.0), ("max", 1.0)])
+def test_metric_plateau_halves_after_its_patience(mode, sign):
+    plateau = MetricPlateau(mode=mode, patience=2)
+    improving = [sign * value for value in (0.5, 0.6, 0.7)]
+    assert not any(plateau.observe(value) for value in improving)
+    assert [plateau.observe(improving[-1]) for _ in range(3)] == [False, False, True]
+    assert plateau.value == 0.5
+
+
+def test_metric_plateau_takes_a_metric_that_is_not_finite_for_no_improvement():
+    plateau = MetricPlateau(mode="min", patience=1)
+    assert [plateau.observe(value) for value in (math.nan, 1.0, math.nan, math.nan)] == [False, False, False, True]
+    assert plateau.best == -1.0
+
+
+# batch
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [("sqrt", 2.0), ("linear", 4.0), (None, 1.0)])
+def test_batch_scales_with_the_size_over_a_ramp(scaling, expected):
+    batch = Batch(scaling=scaling)
+    batch.change(32, 128)
+    values = []
+    for _ in range(30):
+        batch.step()
+        values.append(batch.value)
+    assert values[-1] == pytest.approx(expected)
+    assert values[9] == pytest.approx(math.sqrt(expected))
+    assert values == sorted(values)
+
+
+def test_batch_that_comes_back_scales_back_to_one():
+    batch = Batch(scaling="sqrt")
+    for old, new in ((32, 64), (64, 128), (128, 32)):
+        batch.change(old, new)
+        for _ in range(7):  # in mid-ramp
+            batch.step()
+    for _ in range(20):
+        batch.step()
+    assert batch.value == pytest.approx(1.0)
+
+
+# recover
+
+
+def test_recover_rises_by_the_removed_share_of_the_rewind_and_comes_back():
+    recover = Recover(limit=4.0)
+    top = recover.open(removed=0.5, peak_over_now=10.0, window=100)
+    values = [recover.value]
+    for _ in range(110):
+        recover.step()
+        values.append(recover.value)
+    assert top == 2.5
+    assert values[0] == 1.0
+    assert max(values) == values[20] == pytest.approx(2.5)
+    assert values[60] == pytest.approx(1.75)
+    assert values[100:] == [1.0] * 11
+
+
+def test_recover_is_one_at_the_peak_of_the_schedule_and_goes_on_from_where_it_is():
+    recover = Recover()
+    recover.open(removed=0.5, peak_over_now=1.0, window=100)
+    recover.step()
+    assert recover.value == 1.0
+    recover.open(removed=0.5, peak_over_now=4.0, window=100)
+    for _ in range(40):
+        recover.step()
+    before = recover.value
+    recover.open(removed=0.1, peak_over_now=4.0, window=100)
+    assert recover.value == before > 1.5
+
+
+# guard
+
+
+def settled(guard: Guard, count: int = 200) -> Guard:
+    assert {guard.observe(loss) for loss in noisy(2.0, 0.05, count)} == {"accept"}
+    return guard
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_guard_skips_what_is_not_finite_from_the_first_step(loss):
+    assert Guard().observe(loss) == "non_finite"
+    assert Guard().observe(1.0, gradients_finite=False) == "non_finite"
+
+
+def test_guard_skips_a_spike_and_only_upward():
+    guard = settled(Guard())
+    assert guard.observe(3.0) == "spike"
+    assert guard.observe(0.5) == "accept"
+    assert guard.observe(2.1) == "accept"
+
+
+def test_guard_judges_no_spike_before_it_knows_the_losses():
+    guard = Guard()
+    assert {guard.observe(loss) for loss in [*noisy(2.0, 0.05, 30), 50.0]} == {"accept"}
+
+
+def test_guard_leaves_the_heavy_tail_of_a_small_loss_alone():
+    rng = random.Random(0)
+    guard = Guard()
+    guard.initial = math.log(3)  # of a classifier of three classes
+    losses = [math.exp(rng.gauss(-5, 1.2)) for _ in range(5000)]
+    assert sum(guard.observe(loss) != "accept" for loss in losses) <= 2
+
+
+def test_guard_is_not_blinded_by_a_loss_that_fell_by_orders_of_magnitude():
+    guard = Guard()
+    assert {guard.observe(math.exp(-step / 20)) for step in range(128)} == {"accept"}
+    assert guard.observe(20.0) == "spike"
+
+
+def test_guard_skips_no_more_than_four_spikes_of_128_steps():
+    guard = settled(Guard())
+    guard.kept()
+    guard.initial = 10.0  # far from lost: not a divergence
+    verdicts = [guard.observe(2.6) if step % 4 == 0 else guard.observe(2.0) for step in range(400)]
+    assert 0 < verdicts.count("spike") <= 16
+    assert "diverged" not in verdicts
+
+
+def test_guard_sees_divergence_in_five_bad_steps_of_eight():
+    guard = settled(Guard())
+    verdicts = [guard.observe(loss) for loss in (9.0, math.nan, 2.0, 9.0, 9.0, 9.0)]
+    assert verdicts == ["spike", "non_finite", "accept", "spike", "spike", "diverged"]
+
+
+def test_guard_sees_a_creeping_divergence():
+    guard = Guard()
+    for loss in noisy(5.0, 0.05, 32) + noisy(2.0, 0.05, 168, seed=1):
+        assert guard.observe(loss) == "accept"
+    guard.kept()
+    creeping = [2.0 + 0.01 * step + noise for step, noise in enumerate(noisy(0, 0.05, 400, seed=2))]
+    verdicts = [guard.observe(loss) for loss in creeping]
+    assert "diverged" in verdicts
+    assert creeping[verdicts.index("diverged")] < 4.5
+
+
+def test_guard_leaves_a_noisy_falling_loss_alone():
+    rng = random.Random(0)
+    guard = Guard()
+    losses = [2 + 6 * math.exp(-step / 300) + rng.gauss(0, 0.3) for step in range(5000)]
+    for loss in losses:
+        assert guard.observe(loss) == "accept"
+        if guard.snapshot_due(loss):
+            guard.kept()
+
+
+def test_guard_wants_a_snapshot_after_a_calm_stretch_and_of_an_ordinary_loss():
+    guard = settled(Guard(quiet=100), 99)
+    assert not guard.snapshot_due(2.0)
+    guard.observe(2.0)
+    assert guard.snapshot_due(2.0)
+    assert not guard.snapshot_due(2.5)
+    guard.kept()
+    assert not guard.snapshot_due(2.0)
+
+
+def test_guard_cuts_deeper_at_each_rollback_and_regrows():
+    guard = Guard(quiet=100)
+    guard.rolled_back()
+    assert guard.value == 0.5
+    for loss in noisy(2.0, 0.05, 250):
+        guard.observe(loss)
+    assert guard.value == pytest.approx(1.0)
+    guard.rolled_back()
+    assert guard.value == pytest.approx(0.25)
+    for loss in noisy(2.0, 0.05, 400):
+        guard.observe(loss)
+    assert guard.value == pytest.approx(0.5)  # half of the value it diverged at
+    assert not guard.exhausted
+    guard.rolled_back()
+    assert guard.exhausted
+
+
+# together
+
+
+def test_multiplier_bounds_the_product_and_then_scales_by_the_batch():
+    multiplier = Multiplier(align=Align(warmup=0, ceiling=1e6), batch=Batch(scaling="linear"))
+    for _ in range(500):
+        multiplier.step(Signal(loss=1.0, rate=1e-3, probed=1, cosine=1.0))
+    assert multiplier.value == pytest.approx(100.0)
+    multiplier.batch_changed(8, 16)
+    for _ in range(20):
+        multiplier.step(Signal(loss=1.0, rate=1e-3))
+    assert multiplier.value == pytest.approx(200.0)
+
+
+def test_a_binding_cap_takes_back_the_raise():
+    multiplier = Multiplier(align=Align(warmup=0), cap=Cap(kappa=0.015))
+    for _ in range(60):
+        multiplier.step(Signal(loss=1.0, rate=1e-3, probed=1, cosine=0.5, ratio=1.0))
+    assert multiplier.factors["align"] > 10
+    for _ in range(60):
+        multiplier.step(Signal(loss=1.0, rate=1e-3, probed=1, cosine=0.0, ratio=1e3))
+    assert multiplier.factors["align"] == 1.0
+    assert multiplier.value * 1e-3 * 1e3 == pytest.approx(0.015, rel=1e-2)
+
+
+def test_a_skipped_step_moves_no_factor():
+    multiplier = Multiplier(align=Align(warmup=0), guard=Guard(), batch=Batch())
+    multiplier.batch_changed(8, 32)
+    assert multiplier.step(Signal(loss=math.nan, rate=1e-3, probed=1, cosine=0.9)) == "non_finite"
+    assert multiplier.value == 1.0
+
+
+def test_every_state_survives_json_in_mid_run():
+    def build() -> Multiplier:
+        return Multiplier(
+            align=Align(), cap=Cap(), plateau=LossPlateau(), batch=Batch(), recover=Recover(), guard=Guard()
+        )
+
+    def feed(multiplier: Multiplier, begin: int, end: int) -> list[float]:
+        values = []
+        for step in range(begin, end):
+            loss = math.nan if step == 140 else 2 + random.Random(step).gauss(0, 0.1)
+            if step == 95:
+                multiplier.batch_changed(8, 16)
+                multiplier.structure_changed(0.3, window=50)
+            rate = 1e-3 if step < 90 else 5e-4
+            probed = 4 * (step % 4 == 0)
+            multiplier.step(Signal(loss=loss, rate=rate, probed=probed, cosine=0.1, ratio=20.0 if probed else None))
+            values.append(multiplier.value)
+        return values
+
+    whole = feed(build(), 0, 300)
+    first = build()
+    begin = feed(first, 0, 103)
+    second = build()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert begin + feed(second, 103, 300) == whole
+    assert len(set(whole)) > 10
+
+
+def test_journal_records_a_long_way_in_few_lines_that_name_the_factor():
+    journal = Journal()
+    lines = []
+    for step in range(2000):
+        value = math.exp(min(4.6, step / 200))
+        if (move := journal.observe(step, value, {"align": value, "cap": 1.0})) is not None:
+            lines.append(move)
+    assert 10 < len(lines) <= 50
+    assert all(reason.startswith("align:") for _, reason in lines)
+    assert lines[0][0] == 1.0
+
+
+def test_journal_is_silent_about_jitter_and_shows_another_factor_soon():
+    journal = Journal()
+    assert all(
+        journal.observe(step, 1 + 0.05 * (-1) ** step, {"cap": 1 + 0.05 * (-1) ** step}) is None for step in range(99)
+    )
+    assert journal.observe(100, 0.5, {"cap": 0.5, "align": 1.0}) is not None
+    assert journal.observe(106, 0.3, {"cap": 0.3, "align": 1.0}) is None
+    old, reason = journal.observe(106, 2.0, {"cap": 0.5, "align": 4.0}) or (0, "")
+    assert old == 0.5
+    assert reason.startswith("align")
