@@ -123,6 +123,9 @@ def example_inputs(
         ConfigurationError: The model has fewer positions than `sequence_length`.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
+    padding = getattr(model.config, "pad_token_id", None)
+    if positions is not None and model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= padding + 1  # these count positions from behind the padding token
     if positions is not None and sequence_length > positions:
         raise ConfigurationError(
             f"{type(model).__name__} reads at most {positions} tokens, but {sequence_length} were asked for."
@@ -130,9 +133,8 @@ def example_inputs(
         )
     device = next(model.parameters()).device if device is None else device
     shape = (batch_size, sequence_length)
-    # Never the padding token: RoBERTa counts positions by it.
+    # Never the padding token: where it stands, there is no position.
     ids = torch.arange(batch_size * sequence_length, device=device) % (model.config.vocab_size - 1)
-    padding = getattr(model.config, "pad_token_id", None)
     if padding is not None:
         ids = ids + (ids >= padding)
     return {"input_ids": ids.view(shape), "attention_mask": torch.ones(shape, dtype=torch.long, device=device)}

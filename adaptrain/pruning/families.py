@@ -233,6 +233,9 @@ def _check(match: Match) -> None:
     name = type(match.model).__name__
     if getattr(getattr(match.model, "config", None), "add_cross_attention", False):
         raise ConfigurationError(f"{name} cannot be pruned with add_cross_attention=True: its cross-attention is kept.")
+    names: dict[int, list[str]] = {}
+    for path, parameter in match.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(path)
     for index, layer in enumerate(match.layers):
         for path in projections(match.family):
             linear = layer.get_submodule(path)
@@ -240,6 +243,12 @@ def _check(match: Match) -> None:
                 raise ConfigurationError(
                     f"{name} cannot be pruned: '{path}' of layer {index} is a {type(linear).__name__}, and only a plain"
                     " nn.Linear can be sliced. Prune before adding adapters or quantizing, or leave pruning out."
+                )
+            shared = [other for parameter in linear.parameters() for other in names[id(parameter)][1:]]
+            if shared:
+                raise ConfigurationError(
+                    f"{name} cannot be pruned: '{path}' of layer {index} is shared with {', '.join(shared)}, which would"
+                    " shrink with it."
                 )
 
 

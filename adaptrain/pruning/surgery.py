@@ -69,10 +69,10 @@ class EmptyAttention(nn.Module):
             # The cache counts positions by what its layers were given: one dummy head, one wide.
             seen = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             past_key_values.update(seen, seen, self.replaced.layer_idx)
-        # Nothing flows back through empty matrices but gradients of their own empty shape.
-        states = hidden_states.detach()
-        query, key, value = (self.get_submodule(self._paths[role])(states) for role in ("query", "key", "value"))
-        empty = query + key + value
+        # Every parameter, and the norm before them, takes part, if only with a gradient that is empty or zero:
+        # distributed training waits for each of them. One path back to the input is enough.
+        query, key, value = (self.get_submodule(self._paths[role]) for role in ("query", "key", "value"))
+        empty = query(hidden_states) + key(hidden_states.detach()) + value(hidden_states.detach())
         return (self.get_submodule(self._paths["output"])(empty) if "output" in self._paths else empty), None
 
 

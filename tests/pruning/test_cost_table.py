@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from adaptrain.pruning import cost
+from adaptrain.pruning import structure as structures
+from adaptrain.pruning.cost_table import CostTable, with_structure
+from adaptrain.pruning.families import Match, find_family
+from adaptrain.pruning.surgery import shrink
+from tests.pruning.models import MODELS
+from tests.toys import tiny_bert, tiny_llama
+
+KINDS = ("heads", "ffn")
+SHAPE = (4, 24)
+
+
+def structure(match: Match, *widths: tuple[int, int]) -> list[dict[str, list[int]]]:
+    assert len(widths) == len(match.layers)
+    return [{"heads": list(range(heads)), "ffn": list(range(ffn))} for heads, ffn in widths]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("widths", [((2, 64), (1, 24)), ((0, 40), (2, 0)), ((0, 0), (0, 0))])
+def test_parameters_and_flops_equal_the_real_model(name, widths) -> None:
+    match = find_family(MODELS[name]())
+    table = CostTable.build(match, KINDS, SHAPE, latency=False)
+    keep = structure(match, *widths)
+    shrink(match, keep)
+    total = table.total(structures.widths(keep))
+    assert total["params"] == cost.count_params(match.model)
+    assert total["flops"] == cost.count_flops(match.model, match.example_inputs(*SHAPE))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: tiny_bert(layers=4, ffn=256), lambda: tiny_llama(layers=4, heads=8, kv_heads=4, ffn=256)]
+)
+@pytest.mark.parametrize("widths", [(4, 256), (2, 100), (4, 0), (1, 256), (3, 16)])
+def test_memory_is_near_what_the_real_model_uses(build, widths) -> None:
+    match = find_family(build())
+    table = CostTable.build(match, KINDS, SHAPE, latency=False)
+    keep = structure(match, *[widths] * 4)
+    shrink(match, keep)
+    weights = sum(t.numel() * t.element_size() for t in (*match.model.parameters(), *match.model.buffers()))
+    real = weights + cost.peak_activation_bytes(match.model, match.example_inputs(*SHAPE))
+    assert table.total(structures.widths(keep))["memory"] == pytest.approx(real, rel=0.06)
+
+
+def test_latency_points_are_monotone_and_end_at_the_measured_models() -> None:
+    match = find_family(tiny_bert(layers=3, hidden=64, ffn=256))
+    table = CostTable.build(match, KINDS, (8, 32), latency=True)
+    for layer in table.state["latency"]:
+        for kind, dense in (("heads", 4), ("ffn", 256)):
+            widths, above = zip(*layer[kind], strict=True)
+            assert widths[0] == above[0] == 0
+            assert widths[-1] == dense
+            assert list(above) == sorted(above)
+            middle = (widths[1] + widths[2]) / 2
+            assert above[1] <= table.piece("latency", 0, kind, int(middle)) <= above[2]
+    assert 0 < table.least["latency"] <= table.dense["latency"]
+    assert table.fractions(structures.widths(structures.dense(match)))["latency"] == pytest.approx(1)
+
+
+def test_only_what_may_go_is_gone_in_the_least() -> None:
+    match = find_family(tiny_bert())
+    table = CostTable.build(match, ("ffn",), SHAPE, latency=True)
+    shrink(match, structure(match, (4, 0), (4, 0)))
+    assert table.least["params"] == cost.count_params(match.model)
+    assert set(table.state["latency"][0]) == {"ffn"}
+
+
+def test_a_table_is_plain_and_the_same_for_a_model_that_was_cut() -> None:
+    match = find_family(tiny_bert())
+    table = CostTable.build(match, KINDS, SHAPE, latency=False)
+    shrink(match, structure(match, (1, 8), (4, 64)))
+    assert CostTable.build(match, KINDS, SHAPE, latency=False).state == table.state
+    assert CostTable(json.loads(json.dumps(table.state))).dense == table.dense
+
+
+def test_building_leaves_model_and_random_state_alone() -> None:
+    model = tiny_bert(dropout=0.1)
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    CostTable.build(find_family(model), KINDS, SHAPE, latency=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.training
+
+
+def test_a_structure_to_measure_shares_what_is_outside_the_layers() -> None:
+    twin = Match(find_family(tiny_bert()).dense_twin(), find_family(tiny_bert()).family)
+    small = with_structure(twin, structure(twin, (1, 8), (0, 0)))
+    assert small.get_parameter("classifier.weight") is twin.model.classifier.weight
+    assert cost.count_params(small) < cost.count_params(twin.model)
+    assert structures.widths(structures.current(twin)) == [{"heads": 4, "ffn": 64}] * 2
