@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as lp
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from adaptrain import GracefulStop, RandomState
+from adaptrain import GracefulStop, RandomState, _lightning
 from adaptrain.callbacks.graceful_stop import TrainingInterrupted
 from tests.callbacks.test_random_state import ResumableLoader, run_two_ranks
 from tests.toys import TextModule, ValidatedTextModule, quiet_trainer, text_loader, text_samples, tiny_bert
@@ -227,69 +228,109 @@ def test_a_fit_outside_of_the_main_thread_sets_no_handlers(tmp_path: Path) -> No
     assert seen == [before] * 6
 
 
+def test_serves_the_other_namespace(tmp_path: Path) -> None:
+    class Module(lp.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+            self.losses: list[float] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = torch.nn.functional.dropout(self.layer(batch["input_ids"][:, :2].float()), 0.5).mean()
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    class Interrupt(lp.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def fit_other(*callbacks: Any, ckpt_path: Path | None = None) -> list[float]:
+        pl.seed_everything(1, verbose=False)
+        trained = Module()
+        trainer = quiet_trainer(tmp_path, namespace=lp, callbacks=[GracefulStop(), RandomState(), *callbacks])
+        trainer.fit(trained, ResumableLoader(text_samples(32)), ckpt_path=ckpt_path)
+        return trained.losses
+
+    whole = fit_other()
+    with pytest.raises(TrainingInterrupted) as caught:
+        fit_other(Interrupt())
+    assert fit_other(ckpt_path=caught.value.checkpoint) == whole[2:]
+
+
+def test_lightning_s_seam_stands(tmp_path: Path) -> None:
+    """What tells that work follows a batch; if Lightning moves it, this says so."""
+    follows: list[bool] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            follows.append(_lightning.work_follows_batch(trainer))
+
+    settings = {"max_epochs": 2, "max_steps": 7, "val_check_interval": 3, "num_sanity_val_steps": 0}
+    trainer = quiet_trainer(tmp_path, callbacks=[Look()], **settings)
+    trainer.fit(module(), text_loader(text_samples(32)), text_loader(text_samples(8)))
+    #                  validation, epoch's end          last step, validation
+    assert follows == [False, False, True, True, False, False, True]
+
+
 def test_pickles() -> None:
     assert pickle.loads(pickle.dumps(GracefulStop(folder="here"))).folder == "here"
 
 
 SCRIPT = """
-import json, sys, time
+import sys, time
 from pathlib import Path
 import pytorch_lightning as pl, torch
 from adaptrain import GracefulStop, RandomState
 from tests.callbacks.test_random_state import ResumableLoader
 from tests.toys import TextModule, quiet_trainer, text_samples, tiny_bert
 
-folder, resume = Path(sys.argv[1]), sys.argv[2] == "resume"
+folder = Path(sys.argv[1])
 torch.set_num_threads(1)
 
 class Note(pl.Callback):
-    def on_train_batch_end(self, trainer, module, *_):
-        with (folder / "losses").open("a") as file:
-            file.write(f"{module.trainer.callback_metrics['train/loss_step'].item()!r}\\n")
-        time.sleep(0 if resume else 0.1)
+    def on_train_batch_start(self, trainer, module, *_):
+        (folder / "losses").write_text(" ".join(repr(loss) for loss in module.losses))
+        time.sleep(0.1)
 
 pl.seed_everything(1, verbose=False)
 trainer = quiet_trainer(folder, max_epochs=2, callbacks=[Note(), GracefulStop(), RandomState()])
-path = folder / "checkpoints" / "last.ckpt" if resume else None
-trainer.fit(TextModule(tiny_bert(dropout=0.2)), ResumableLoader(text_samples(160)), ckpt_path=path)
+trainer.fit(TextModule(tiny_bert(dropout=0.2)), ResumableLoader(text_samples(160)))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_process_that_is_signalled_exits_with_its_code_and_resumes(tmp_path: Path, signum: signal.Signals) -> None:
+    def losses() -> list[float]:
+        path = tmp_path / "losses"
+        return [float(word) for word in path.read_text().split()] if path.exists() else []
+
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-
-    def command(folder: Path, mode: str) -> list[str]:
-        folder.mkdir(exist_ok=True)
-        return [sys.executable, "-c", SCRIPT, str(folder), mode]
-
-    def losses(folder: Path) -> list[float]:
-        path = folder / "losses"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    killed = tmp_path / "killed"
-    with subprocess.Popen(command(killed, "new"), env=environ, text=True, stderr=subprocess.PIPE) as process:
-        until = time.monotonic() + 120
-        while len(losses(killed)) < 3 and process.poll() is None and time.monotonic() < until:
+    with subprocess.Popen(command, env=environ, text=True, stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 200
+        while len(losses()) < 3 and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(signum)
         _, err = process.communicate(timeout=60)
-    path = killed / "checkpoints" / "last.ckpt"
-    assert process.returncode == 128 + signum
-    assert f"{signum.name}: stopped after step {len(losses(killed))}; resume from {path}" in err
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    assert process.returncode == 128 + signum, err
+    assert f"{signum.name}: stopped after step {len(losses())}; resume from {path}" in err
     assert "Traceback" not in err
-    assert 3 <= len(losses(killed)) < 40
-    subprocess.run(command(killed, "resume"), env=environ, check=True, capture_output=True)
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    (whole / "checkpoints").mkdir()
-    subprocess.run(
-        [sys.executable, "-c", SCRIPT.replace('sys.argv[2] == "resume"', "True").replace(
-            'folder / "checkpoints" / "last.ckpt" if resume else None', "None"), str(whole), "new"],
-        env=environ, check=True, capture_output=True,
-    )  # fmt: skip
-    assert losses(killed) == losses(whole)
+    assert 3 <= len(losses()) < 40
+
+    def train(ckpt_path: Path | None) -> list[float]:
+        pl.seed_everything(1, verbose=False)
+        trained = TextModule(tiny_bert(dropout=0.2))
+        trainer = quiet_trainer(tmp_path, max_epochs=2, callbacks=[RandomState()])
+        trainer.fit(trained, ResumableLoader(text_samples(160)), ckpt_path=ckpt_path)
+        return trained.losses
+
+    assert losses() + train(path) == train(None)
 
 
 RANKS = """
