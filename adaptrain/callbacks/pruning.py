@@ -75,18 +75,17 @@ class ProgressivePruning(AdaptiveCallback):
         if importance not in METHODS:
             raise ConfigurationError(f"importance must be one of {', '.join(METHODS)}, got {importance!r}.")
         self.importance = importance
-        self.schedule = CubicSchedule(**schedule) if isinstance(schedule, Mapping) else schedule or CubicSchedule()
+        self.schedule = _read_schedule(schedule)
         self.round_to = _read_round_to(round_to)
         self.latency_input = None if latency_input is None else _read_shape(latency_input)
+        self._reset()
+
+    def _reset(self) -> None:
         self._match: Match | None = None
         self._pruner: Pruner | None = None
         self._taylor: TaylorScores | None = None
         self._report: dict[str, Any] = {}
         self._checked = False  # the optimizers' state
-        self._state: dict[str, Any] = {}
-        self._reset()
-
-    def _reset(self) -> None:
         self._done = 0  # events that are over
         self._waited = False  # the event that is due let a validation run first
         self._planned: Structure | None = None  # in a dry run: what would be left
@@ -96,18 +95,16 @@ class ProgressivePruning(AdaptiveCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Finds the model, and prepares its shapes to follow checkpoints."""
-        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._reset()
-            self._taylor, self._checked, self._report = None, False, {}
-        elif self.target:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" and self.target:
             self._match = find_family(pl_module)
         self.on_exit(before_module_hook(pl_module, "on_load_checkpoint", lambda saved: replay(pl_module, saved)))
         self.on_exit(before_module_hook(pl_module, "on_save_checkpoint", self._note_structure))
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuses, before training, models that cannot be pruned and trainers that cannot be served."""
-        self._match = None
         if not self.target:
             _log.info("ProgressivePruning has no target, so the structure stays as it is.")
             return
@@ -268,6 +265,14 @@ def _read_groups(groups: Sequence[str]) -> tuple[str, ...]:
     if not named or any(kind not in KINDS for kind in named):
         raise ConfigurationError(f"groups must name some of {', '.join(KINDS)}, got {list(named)}.")
     return tuple(kind for kind in KINDS if kind in named)
+
+
+def _read_schedule(schedule: Any) -> Any:
+    if schedule is None or isinstance(schedule, Mapping):
+        return CubicSchedule(**(schedule or {}))
+    if not callable(getattr(schedule, "plan", None)):
+        raise ConfigurationError(f"schedule must be a schedule such as CubicSchedule(events=6), got {schedule!r}.")
+    return schedule
 
 
 def _read_round_to(round_to: str | int | Mapping[str, int]) -> str | int | dict[str, int]:

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning_pl
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+import adaptrain
+from adaptrain import AdaptiveCallback, ConfigurationError, CubicSchedule, OneShotSchedule, ProgressivePruning
+from adaptrain.callbacks.base import decision_log
+from adaptrain.pruning import cost
+from adaptrain.pruning import structure as structures
+from adaptrain.pruning.families import find_family
+from tests.toys import (
+    TextModule,
+    ValidatedTextModule,
+    language_model_samples,
+    quiet_trainer,
+    text_loader,
+    text_samples,
+    tiny_bert,
+    tiny_llama,
+    weights,
+)
+
+CONF = Path(adaptrain.__file__).parent.parent / "conf" / "callbacks" / "pruning.yaml"
+TWO = CubicSchedule(begin=0.2, end=0.6, events=2)
+
+
+def pruning(**arguments: Any) -> ProgressivePruning:
+    return ProgressivePruning(**({"target": {"flops": 0.6}, "schedule": TWO} | arguments))
+
+
+def run(
+    tmp_path: Path, callback: Any, module: Any = None, *, others: Any = (), namespace: Any = pl, **kwargs: Any
+) -> Any:
+    module = module if module is not None else TextModule()
+    trainer = quiet_trainer(tmp_path, namespace=namespace, callbacks=[callback, *others], max_epochs=2, **kwargs)
+    trainer.fit(module, text_loader())
+    return trainer, module
+
+
+def events(trainer: Any) -> list[Any]:
+    return [decision for decision in decision_log(trainer) if decision.knob == "structure"]
+
+
+def test_it_ends_within_the_budget_and_says_why(tmp_path) -> None:
+    callback = pruning(target={"flops": 0.6, "params": 0.8})
+    trainer, module = run(tmp_path, callback)
+    first, last = events(trainer)
+    assert first.old == cost.count_params(tiny_bert())
+    assert first.new == last.old
+    assert last.new == cost.count_params(module.model)
+    assert first.step == 3  # 0.2 of 12 steps
+    assert first.readings["event"] == 1
+    assert first.readings["removed"] == pytest.approx((first.old - first.new) / first.old)
+    assert first.reason.startswith("event 1 of 2 at 25% of training: ")
+    assert "FFN neurons removed, params 0." in first.reason
+    assert ", flops 0." in first.reason
+    report = callback.report()
+    assert report["events"] == 2
+    assert report["latency_input"] == [8, 16]
+    inputs = cost.example_inputs(module.model, 8, 16)
+    assert report["final"]["flops"] == cost.count_flops(module.model, inputs) <= 0.6 * report["dense"]["flops"]
+    assert report["dense"]["params"] == first.old
+    assert [entry["met"] for entry in report["constraints"]] == [True, True]
+    assert report["constraints"][1]["value"] == report["final"]["flops"] / report["dense"]["flops"]
+    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters()}
+
+
+@pytest.mark.parametrize("namespace", [pl, lightning_pl])
+def test_both_namespaces(tmp_path, namespace) -> None:
+    module: Any = TextModule()
+    if namespace is lightning_pl:
+
+        class Module(lightning_pl.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = tiny_bert()
+
+            def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+                return self.model(**batch).loss
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+        module = Module()
+    trainer, module = run(tmp_path, pruning(), module, namespace=namespace)
+    assert len(events(trainer)) == 2
+    assert "on_load_checkpoint" not in module.__dict__
+
+
+def test_the_last_event_measures_the_real_structure(tmp_path) -> None:
+    callback = pruning(target={"latency": 0.8}, latency_input=(4, 32))
+    trainer, _ = run(tmp_path, callback, TextModule(tiny_bert(hidden=64, ffn=256)))
+    *_, last = events(trainer)
+    assert last.readings["latency_measured"]
+    report = callback.report()
+    assert report["final"]["params"] < report["dense"]["params"]
+    latency = report["final"]["latency_ms"] / report["dense"]["latency_ms"]
+    assert report["constraints"] == [{"name": "latency", "limit": 0.8, "value": latency, "met": latency <= 0.8}]
+
+
+def test_dry_run_records_and_leaves_the_weights(tmp_path) -> None:
+    plain = TextModule()
+    quiet_trainer(tmp_path, max_epochs=2).fit(plain, text_loader())
+    trainer, module = run(tmp_path, pruning(dry_run=True))
+    assert torch.equal(weights(module), weights(plain))
+    assert [decision.applied for decision in events(trainer)] == [False, False]
+    assert events(trainer)[1].new < events(trainer)[1].old == events(trainer)[0].new
+
+
+def test_without_a_target_nothing_happens(tmp_path, caplog) -> None:
+    callback = ProgressivePruning(target={"latency": None, "params_m": None})
+    with caplog.at_level(logging.INFO):
+        trainer, _ = run(tmp_path, callback)
+    assert "has no target" in caplog.text
+    assert callback.report() == {}
+    assert len(decision_log(trainer)) == 0
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "RMSprop", "Adam"])
+def test_other_optimizers_and_accumulation(tmp_path, optimizer) -> None:
+    module = TextModule(optimizer=optimizer, lr=1e-3)
+    trainer, _ = run(tmp_path, pruning(importance="magnitude"), module, accumulate_grad_batches=4)
+    assert [decision.step for decision in events(trainer)] == [1, 3]  # 4 steps: after 25% and 75%
+
+
+class Hears(AdaptiveCallback):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Any] = []
+
+    def on_decision(self, trainer: Any, pl_module: Any, decision: Any) -> None:
+        self.heard.append(decision)
+
+
+def test_others_hear_of_it_and_several_events_at_once_are_one(tmp_path) -> None:
+    hears = Hears()
+    schedule = CubicSchedule(begin=0.3, end=0.32, events=3)
+    trainer, _ = run(tmp_path, pruning(schedule=schedule), others=[hears])
+    assert hears.heard == events(trainer)
+    assert hears.heard[0].reason.startswith("events 1 to 3 of 3 ")
+
+
+def test_training_that_ends_early_is_pruned_at_its_end(tmp_path, caplog) -> None:
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 4:
+                trainer.should_stop = True
+
+    callback = pruning()
+    with caplog.at_level(logging.WARNING):
+        trainer, _ = run(tmp_path, callback, others=[Stop()])
+    assert "ended before pruning event 2 of 2" in caplog.text
+    assert len(events(trainer)) == 2
+    assert callback.report()["constraints"][0]["met"]
+
+
+def test_the_dense_metrics_are_those_before_the_first_event(tmp_path) -> None:
+    callback = pruning(schedule=OneShotSchedule(at=0.5))
+    module = ValidatedTextModule()
+    seen: list[tuple[int, float]] = []
+
+    class Watch(pl.Callback):
+        def on_validation_end(self, trainer: Any, *_: Any) -> None:
+            seen.append((trainer.global_step, float(trainer.callback_metrics["val/loss"])))
+
+    trainer = quiet_trainer(tmp_path, callbacks=[callback, Watch()], max_epochs=2)
+    trainer.fit(module, text_loader(), text_loader())
+    dense = callback.report()["dense"]
+    # The event is due at step 6, where validation comes as well: validation goes first.
+    assert [decision.step for decision in events(trainer)] == [7]
+    assert dense["step"] == 6
+    assert dense["metrics"]["val/loss"] == dict(seen)[6]
+
+
+def test_an_event_before_any_validation_leaves_no_dense_metrics(tmp_path) -> None:
+    callback = pruning()
+    run(tmp_path, callback)
+    assert callback.report()["dense"]["metrics"] == {}
+    assert callback.report()["dense"]["step"] is None
+
+
+def test_a_language_model_with_tied_embeddings(tmp_path) -> None:
+    module = TextModule(tiny_llama())
+    callback = pruning(target={"params": 0.45})
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=2)
+    trainer.fit(module, text_loader(language_model_samples()))
+    assert module.model.lm_head.weight is module.model.model.embed_tokens.weight
+    assert module.model.lm_head.weight.shape == (64, 32)
+    assert callback.report()["final"]["params"] <= 0.45 * callback.report()["dense"]["params"]
+    assert "KV groups" in events(trainer)[0].reason
+
+
+def test_taylor_and_magnitude_choose_differently(tmp_path) -> None:
+    kept = []
+    for importance in ("taylor", "magnitude"):
+        _, module = run(tmp_path / importance, pruning(importance=importance))
+        kept.append(structures.current(find_family(module)))
+    assert kept[0] != kept[1]
+
+
+def test_only_the_groups_named_go(tmp_path) -> None:
+    _, module = run(tmp_path, pruning(groups=["heads"], target={"flops": 0.8}))
+    kept = structures.widths(structures.current(find_family(module)))
+    assert all(layer["ffn"] == 64 for layer in kept)
+    assert sum(layer["heads"] for layer in kept) < 8
+
+
+def test_round_to(tmp_path) -> None:
+    _, module = run(tmp_path, pruning(round_to={"ffn": 20, "heads": 2}, target={"flops": 0.5}))
+    for layer in structures.widths(structures.current(find_family(module))):
+        assert layer["ffn"] in (0, 20, 40, 60, 64)
+        assert layer["heads"] in (0, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [
+        ({"target": {"params": 0.01}}, "budget.params=0.01 cannot be met: with all heads and FFN neurons removed"),
+        ({"target": {"flops": 0.2}, "groups": ["ffn"]}, "with all FFN neurons removed"),
+        ({"target": {"latency_ms": 1e-6}}, "budget.latency_ms=1e-06 cannot be met"),
+        ({"latency_input": (1, 65)}, "at most 64 tokens"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_before_the_first_step(tmp_path, arguments, seen) -> None:
+    module = TextModule()
+    with pytest.raises(ConfigurationError, match=seen):
+        run(tmp_path, pruning(**arguments), module)
+    assert module.losses == []
+
+
+def test_models_and_trainers_that_cannot_be_served(tmp_path) -> None:
+    class Linear(TextModule):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(2, 2))
+
+    with pytest.raises(ConfigurationError, match=r"found none\. Supported: BERT"):
+        run(tmp_path, pruning(), Linear())
+    manual = TextModule()
+    manual.automatic_optimization = False
+    with pytest.raises(ConfigurationError, match="automatic_optimization=False"):
+        run(tmp_path, pruning(), manual)
+    frozen = TextModule()
+    frozen.model.bert.encoder.requires_grad_(False)
+    with pytest.raises(ConfigurationError, match="importance='magnitude'"):
+        run(tmp_path, pruning(), frozen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [
+        ({"target": {"latency": 1.7}}, "1.7"),
+        ({"groups": ()}, "groups"),
+        ({"groups": ["wheels"]}, "wheels"),
+        ({"importance": "luck"}, "luck"),
+        ({"round_to": 0}, "0"),
+        ({"round_to": {"layers": 2}}, "layers"),
+        ({"latency_input": (8,)}, "8"),
+        ({"latency_input": "big"}, "big"),
+        ({"schedule": {"begin": 2}}, "2"),
+        ({"schedule": 6}, "6"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_what_was_seen(arguments, seen) -> None:
+    with pytest.raises(ConfigurationError, match=seen):
+        pruning(**arguments)
+
+
+def test_the_yaml_builds_and_pickles() -> None:
+    budget = dict.fromkeys(("latency", "params", "flops", "memory", "latency_ms", "params_m")) | {"latency": 0.5}
+    config = OmegaConf.merge(OmegaConf.load(CONF), {"budget": budget})
+    built = instantiate(config.pruning)
+    copied = pickle.loads(pickle.dumps(built))
+    assert copied.target == {"latency": 0.5}
+    assert copied.schedule == CubicSchedule(begin=0.1, end=0.6, events=6)
+    assert copied.groups == ("heads", "ffn")
+
+
+def test_weights_without_gradients_at_the_first_event_wait(tmp_path) -> None:
+    class Skip(pl.Callback):
+        """A guard that skips the first steps by dropping their gradients."""
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            if trainer.global_step < 5:
+                for parameter in pl_module.parameters():
+                    parameter.grad = None
+
+    callback = pruning()
+    trainer = quiet_trainer(tmp_path, callbacks=[Skip(), callback], max_epochs=2)
+    trainer.fit(TextModule(), text_loader(text_samples()))
+    assert [decision.step for decision in events(trainer)] == [6, 8]
