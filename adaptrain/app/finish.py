@@ -151,7 +151,11 @@ def finish(
     report.print_report(report.render_table(summary, decisions=list(decisions)))
     page = report.write_html(folder)
     log.info("The whole report: %s", page)
-    log.info("Compare with a plain run: %s ... callbacks=none, then report.baseline=<its folder>", program())
+    if pruning is not None and baseline is None:
+        log.info(
+            "Compare with a plain run: %s ... callbacks=none, and then this one with report.baseline=<its folder>",
+            program(),
+        )
     if optimized not in values:
         raise config.unknown_metric(optimized, values)
     return values[optimized]

@@ -27,6 +27,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 def main() -> None:
     """Trains what the command line describes; without arguments, says which experiments there are."""
+    global _job_started
+    _job_started = False
     if len(sys.argv) == 1:
         print(overview.experiments_text())  # noqa: T201
         return
@@ -169,8 +171,8 @@ def _given(target: dict[str, float]) -> str:
 
 def _quiet_lightning() -> None:
     # What it has found (GPU available: False, ...) and hints at products; the run's own facts say what it runs on.
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for package in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.WARNING)
     # Advice that a user of this command can do nothing about.
     for message in (
         ".*does not have many workers.*",
