@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,25 +14,10 @@ from adaptrain.decisions import Decision
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.host_snapshot import HostSnapshot
 from adaptrain.execution.rate_hook import RateHook
-from adaptrain.execution.update_probe import gradient_norm, probe, reference_norms, sets_own_rate, update_kind
-from adaptrain.policies.learning_rate import (
-    SCALINGS,
-    Align,
-    Batch,
-    Cap,
-    Guard,
-    Journal,
-    LossPlateau,
-    MetricPlateau,
-    Multiplier,
-    Recover,
-    Signal,
-)
-
-PROBE_EVERY = 4
-_PROBE_EACH = 16  # the first steps are probed one by one: there the update changes fastest
-_LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "error", "mse", "mae", "rmse", "wer", "cer")
-_HIGHER_IS_BETTER = ("acc", "f1", "auc", "auroc", "precision", "recall", "bleu", "rouge", "mcc", "iou", "map", "score")
+from adaptrain.execution.step_sensor import StepSensor
+from adaptrain.execution.update_probe import sets_own_rate, update_kind, why_off
+from adaptrain.policies.learning_rate import Guard, Journal, MetricPlateau, Multiplier, Signal
+from adaptrain.policies.learning_rate.build import build_multiplier, check_switches, metric_mode
 
 
 class LearningRateController(AdaptiveCallback):
@@ -85,26 +69,23 @@ class LearningRateController(AdaptiveCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(dry_run=dry_run, name=name)
-        for switch, value in {"align": align, "cap": cap, "recover": recover, "guard": guard}.items():
-            _one_of(switch, value, (True, False))
-        _one_of("plateau", plateau, ("auto", True, False))
-        _one_of("batch_scaling", batch_scaling, SCALINGS)
-        _one_of("mode", mode, ("auto", "min", "max"))
+        check_switches(
+            align=align, cap=cap, plateau=plateau, recover=recover, guard=guard, batch_scaling=batch_scaling, mode=mode
+        )
         self.align = align
         self.cap = cap
-        self.plateau = plateau
+        self.plateau: bool | Literal["auto"] = plateau
         self.recover = recover
         self.guard = guard
         self.batch_scaling = batch_scaling
         self.monitor = monitor
-        self.mode = mode if monitor is None or mode != "auto" else _mode_of(monitor)
+        self.mode = mode if monitor is None or mode != "auto" else metric_mode(monitor)
         self._loaded: dict[str, Any] = {}
         self._multiplier: Multiplier | None = None
         self._journal = Journal()
-        self._references: list[float] | None = None
+        self._sensor = StepSensor(probes=False, gradients=guard)
         self._snapshot: HostSnapshot | None = None
         self._hook: RateHook | None = None
-        self._steps = 0
         self._window: list[torch.Tensor] = []
         self._recovery_window = 0
 
@@ -125,63 +106,39 @@ class LearningRateController(AdaptiveCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Builds the policies for the optimizer there is and hooks into its step."""
         optimizer = trainer.optimizers[0]
-        self._refuse_optimizer(optimizer)
-        self._multiplier = self._build(optimizer)
-        total = _lightning.total_steps(trainer)
-        self._recovery_window = min(500, max(20, total // 20)) if total else 200
-        self._journal = Journal(gap=max(20, (total or 0) // 50))
-        self._references, self._snapshot, self._steps, self._window = None, None, 0, []
-        if loaded := self._loaded:
-            self._loaded = {}
-            self._multiplier.load_state_dict(loaded["multiplier"])
-            self._journal.load_state_dict(loaded["journal"])
-            self._references, self._steps = loaded["references"], loaded["steps"]
-        self._hook = RateHook(optimizer)
-        self.on_exit(self._hook.remove)
-        self.on_exit(tell_step_loss(trainer, self._tell))
-        self._say_what_is_off(trainer, optimizer, resumed=bool(loaded))
-
-    def _refuse_optimizer(self, optimizer: Any) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigurationError(
                 "LearningRateController does not serve LBFGS: it runs the closure several times in one step."
                 " Use a first-order optimizer such as AdamW, or leave this callback out."
             )
-
-    def _build(self, optimizer: Any) -> Multiplier:
-        guard = Guard() if self.guard else None
-        if sets_own_rate(optimizer):
-            return Multiplier(guard=guard)
-        kind = update_kind(optimizer)
-        plateau = None
-        if self.plateau and self.monitor is not None:
-            plateau = MetricPlateau(mode="min" if self.mode == "min" else "max")
-        elif self.plateau:
-            plateau = LossPlateau(anneal=self.plateau is True)
-        scaling: Any = self.batch_scaling
-        if scaling == "auto":
-            scaling = "sqrt" if kind == "adam" else "linear"
-        return Multiplier(
-            align=Align() if self.align and kind else None,
-            cap=Cap() if self.cap and kind else None,
-            plateau=plateau,
-            batch=Batch(scaling=scaling),
-            recover=Recover() if self.recover else None,
-            guard=guard,
+        self._multiplier = build_multiplier(
+            kind=update_kind(optimizer),
+            own_rate=sets_own_rate(optimizer),
+            align=self.align,
+            cap=self.cap,
+            plateau=self.plateau,
+            recover=self.recover,
+            guard=self.guard,
+            batch_scaling=self.batch_scaling,
+            metric=None if self.monitor is None else ("min" if self.mode == "min" else "max"),
         )
-
-    def _say_what_is_off(self, trainer: Any, optimizer: Any, *, resumed: bool) -> None:
-        kind = type(optimizer).__name__
+        probes = self._multiplier.align is not None or self._multiplier.cap is not None
+        self._sensor = StepSensor(probes=probes, gradients=self.guard)
+        total = _lightning.total_steps(trainer)
+        self._recovery_window = min(500, max(20, total // 20)) if total else 200
+        self._journal = Journal(gap=max(20, (total or 0) // 50))
+        self._snapshot, self._window = None, []
+        if loaded := self._loaded:
+            self._loaded = {}
+            self._multiplier.load_state_dict(loaded["multiplier"])
+            self._journal.load_state_dict(loaded["journal"])
+            self._sensor.references, self._sensor.steps = loaded["references"], loaded["steps"]
+        self._hook = RateHook(optimizer)
+        self.on_exit(self._hook.remove)
+        self.on_exit(tell_step_loss(trainer, self._tell))
         wanted = [name for name in ("align", "cap") if getattr(self, name)]
-        if resumed or not wanted:
-            return
-        if sets_own_rate(optimizer):
-            reason = f"{kind} sets its own rate: the guard alone is on"
-        elif update_kind(optimizer) is None:
-            reason = f"{kind} keeps no direction that can be read: {' and '.join(wanted)} stay off"
-        else:
-            return
-        self.record(trainer, "learning_rate", old=1.0, new=1.0, reason=reason)
+        if not loaded and wanted and (reason := why_off(optimizer, wanted)) is not None:
+            self.record(trainer, "learning_rate", old=1.0, new=1.0, reason=reason)
 
     # One optimizer step -----------------------------------------------------------------------------------------
 
@@ -207,7 +164,7 @@ class LearningRateController(AdaptiveCallback):
             return  # the scaler skips this step itself and lowers its scale: its way of working, not a fault
         old, verdict = multiplier.value, multiplier.step(signal)
         if verdict == "accept":
-            self._keep(pl_module, optimizer, scaler, signal.loss)
+            self._keep(multiplier.guard, pl_module, optimizer, scaler, signal.loss)
             move = self._journal.observe(int(trainer.global_step), multiplier.value, multiplier.factors)
             if move is not None:
                 self._record(trainer, old=move[0], new=multiplier.value, reason=move[1], signal=signal)
@@ -225,41 +182,26 @@ class LearningRateController(AdaptiveCallback):
 
     def _sense(self, trainer: Any, pl_module: Any, optimizer: Any) -> Signal:
         """Measures the step; one reduction makes all ranks see the same numbers."""
-        multiplier = self._multiplier
-        assert multiplier is not None
         scale = trainer.accumulate_grad_batches / max(1, len(self._window))  # an epoch's last window may be shorter
-        loss = torch.stack([x.detach().float() for x in self._window]).sum() * scale if self._window else None
-        norm = gradient_norm(optimizer) if self.guard else torch.zeros(())
-        values = torch.stack([norm if loss is None else loss.to(norm.device), norm]).tolist()
-        finite = float(math.isfinite(values[1]))
-        probed, cosine, ratio = 0, None, None
-        if (multiplier.align or multiplier.cap) and finite:
-            probed = 1 if self._steps < _PROBE_EACH else PROBE_EVERY * (self._steps % PROBE_EVERY == 0)
-        if self._references is None and (multiplier.align or multiplier.cap):
-            self._references = reference_norms(optimizer)
-        if probed and self._references is not None:
-            cosine, ratio = probe(optimizer, self._references)
-        self._steps += 1
-        vector = [values[0], finite, *(math.nan if x is None else x for x in (cosine, ratio))]
-        mean, finite, *probes = _lightning.all_reduce(vector, device=pl_module.device)
-        known = [None if math.isnan(value) else value for value in probes]
+        vector, probed = self._sensor.read(optimizer, self._window, scale=scale)
+        loss, finite, *probes = _lightning.all_reduce(vector, device=pl_module.device)
+        cosine, ratio = (None if math.isnan(value) else value for value in probes)
         return Signal(
-            loss=None if loss is None else mean,
+            loss=loss if self._window else None,
             rate=max(float(group["lr"]) for group in optimizer.param_groups),
             gradients_finite=finite == 1,
             probed=probed,
-            cosine=known[0],
-            ratio=known[1],
+            cosine=cosine,
+            ratio=ratio,
         )
 
-    def _keep(self, pl_module: Any, optimizer: Any, scaler: Any, loss: float | None) -> None:
+    def _keep(self, guard: Guard | None, pl_module: Any, optimizer: Any, scaler: Any, loss: float | None) -> None:
         """Snapshots the weights that have just given an ordinary loss; the first ones in any case."""
-        multiplier = self._multiplier
-        if multiplier is None or multiplier.guard is None or self.dry_run or loss is None:
+        if guard is None or self.dry_run or loss is None:
             return
-        due = multiplier.guard.snapshot_due(loss)
+        due = guard.snapshot_due(loss)
         if due:
-            multiplier.guard.kept()
+            guard.kept()
         if due or self._snapshot is None:
             self._snapshot = self._snapshot or HostSnapshot()
             self._snapshot.take(pl_module, optimizer, scaler)
@@ -298,8 +240,8 @@ class LearningRateController(AdaptiveCallback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Shows the plateau policy the monitored metric."""
-        multiplier = self._multiplier
-        if trainer.sanity_checking or multiplier is None or not isinstance(multiplier.plateau, MetricPlateau):
+        plateau = None if self._multiplier is None else self._multiplier.plateau
+        if trainer.sanity_checking or not isinstance(plateau, MetricPlateau):
             return
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(map(str, trainer.callback_metrics))) or "none"
@@ -307,7 +249,7 @@ class LearningRateController(AdaptiveCallback):
                 f"LearningRateController watches monitor={self.monitor!r}, which is not logged. Logged are: {known}."
             )
         metric = float(trainer.callback_metrics[self.monitor])
-        multiplier.plateau.observe(_lightning.all_reduce([metric], device=pl_module.device)[0])
+        plateau.observe(_lightning.all_reduce([metric], device=pl_module.device)[0])
 
     def on_decision(self, trainer: Any, pl_module: Any, decision: Decision) -> None:
         """Opens a recovery window after pruning, and follows the global batch size."""
@@ -316,7 +258,7 @@ class LearningRateController(AdaptiveCallback):
         if decision.knob == "structure":
             removed = float(decision.readings.get("removed", 0.0))
             self._multiplier.structure_changed(removed, window=self._recovery_window)
-            self._references, self._snapshot = None, None
+            self._sensor.references, self._snapshot = None, None
         elif decision.knob == "global_batch_size":
             self._multiplier.batch_changed(decision.old, decision.new)
 
@@ -346,31 +288,10 @@ class LearningRateController(AdaptiveCallback):
         return {
             "multiplier": self._multiplier.state_dict(),
             "journal": self._journal.state_dict(),
-            "references": self._references,
-            "steps": self._steps,
+            "references": self._sensor.references,
+            "steps": self._sensor.steps,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a checkpoint's state for the start of training, when the optimizer is known."""
         self._loaded = state_dict
-
-
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ConfigurationError(f"LearningRateController: {name} must be one of {listed}; got {value!r}.")
-
-
-def _mode_of(monitor: str) -> Literal["min", "max"]:
-    known: tuple[tuple[Literal["min", "max"], tuple[str, ...]], ...] = (
-        ("min", _LOWER_IS_BETTER),
-        ("max", _HIGHER_IS_BETTER),
-    )
-    words: Callable[[str], bool] = monitor.lower().__contains__
-    for mode, names in known:
-        if any(words(name) for name in names):
-            return mode
-    raise ConfigurationError(
-        f"LearningRateController: whether a lower {monitor!r} is better cannot be told by its name;"
-        " give mode='min' or mode='max'."
-    )

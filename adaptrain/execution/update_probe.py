@@ -45,6 +45,16 @@ def update_kind(optimizer: Optimizer) -> Kind | None:
     return "momentum" if group.get("momentum") else None
 
 
+def why_off(optimizer: Optimizer, factors: Sequence[str]) -> str | None:
+    """Returns why factors that need to read the update cannot serve this optimizer, or None where they can."""
+    name = type(optimizer).__name__
+    if sets_own_rate(optimizer):
+        return f"{name} sets its own rate: the guard alone is on"
+    if update_kind(optimizer) is None:
+        return f"{name} keeps no direction that can be read: {' and '.join(factors)} stay off"
+    return None
+
+
 def gradients(optimizer: Optimizer) -> list[Tensor]:
     """Returns the gradients of the optimizer's parameters; of a sparse one its values."""
     found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adaptrain.policies.learning_rate.align import Align
-from adaptrain.policies.learning_rate.batch import SCALINGS, Batch
+from adaptrain.policies.learning_rate.batch import Batch
 from adaptrain.policies.learning_rate.cap import Cap
 from adaptrain.policies.learning_rate.guard import Guard, Verdict
 from adaptrain.policies.learning_rate.journal import Journal
@@ -13,7 +13,6 @@ from adaptrain.policies.learning_rate.recover import Recover
 
 __all__ = [
     "NAMES",
-    "SCALINGS",
     "Align",
     "Batch",
     "Cap",

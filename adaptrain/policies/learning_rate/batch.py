@@ -7,8 +7,6 @@ from typing import Literal
 
 from adaptrain.policies.learning_rate.factor import Factor
 
-SCALINGS = ("auto", "sqrt", "linear", None)
-
 
 class Batch(Factor):
     """Scales the rate with the global batch size B, relative to the size B_ref that training began with.
