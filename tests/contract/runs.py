@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from adaptrain import _lightning
 from adaptrain.callbacks.base import decision_log
-from adaptrain.nlp.loader import ResumableDataLoader
+from adaptrain.nlp.loader import ResumableLoader, ShuffledSampler
 from tests.contract.settings import SETTINGS
 from tests.toys import TextModule, quiet_trainer, text_samples, tiny_bert, weights
 
@@ -34,9 +36,12 @@ class KillAt(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def loader(*, world_size: int = 1) -> Any:
+def loader(trainer: Any, *, world_size: int = 1) -> Any:
     """48 samples in 6 batches for each rank, in an order that a checkpoint remembers."""
-    return ResumableDataLoader(text_samples(48 * world_size), batch_size=8, shuffle=True, seed=0)
+    samples: Any = text_samples(48 * world_size)
+    sampler = ShuffledSampler(samples, seed=0, world_size=world_size, rank=int(os.environ.get("RANK", 0)))
+    trained = partial(_lightning.batches_trained, trainer)
+    return ResumableLoader(samples, sampler=sampler, batch_size=8, trained=trained)
 
 
 def fit(
@@ -59,7 +64,7 @@ def fit(
         )
         settings["enable_checkpointing"] = True
     trainer = quiet_trainer(folder, namespace=namespace, callbacks=[*callbacks, *extra], max_epochs=EPOCHS, **settings)
-    data = loader(world_size=settings.get("devices", 1))
+    data = loader(trainer, world_size=settings.get("devices", 1))
     trainer.fit(module, data, ckpt_path=str(folder / "checkpoints" / "last.ckpt") if resume else None)
     return {
         "weights": weights(module).tolist(),
