@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import lightning.pytorch
@@ -77,6 +79,22 @@ def test_windows_are_told_apart(tmp_path: Path) -> None:
     trainer.fit(TextModule(), text_loader(batch_size=12))
     # The last batch of an epoch ends its window early.
     assert seen == [(True, False), (False, False), (False, True), (True, True)]
+
+
+def test_no_batch_outlives_its_step(tmp_path: Path) -> None:
+    batches: list[weakref.ref] = []
+
+    def run(step: ClosureStep):
+        assert sum(batch() is not None for batch in batches) <= 1  # Lightning holds the one before
+        batches.append(weakref.ref(step.batch["input_ids"]))
+        return step.run_unsplit()
+
+    gc.disable()
+    try:
+        quiet_trainer(tmp_path, callbacks=[Wrapping(run)]).fit(TextModule(), text_loader())
+    finally:
+        gc.enable()
+    assert len(batches) == 6
 
 
 def test_undo_leaves_a_wrapper_put_on_later_alone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ parameters after it, so everything inside can be replayed. `wrap_closure` puts a
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,14 +30,13 @@ class ClosureStep:
         self._loop = loop
         self._closure = closure
         self._kwargs = kwargs
-        self._original = closure.closure
         self.batch = kwargs["batch"]
         self.zeroes_gradients = closure._zero_grad_fn is not None
         self.ends_window = not trainer.fit_loop._should_accumulate()
 
     def run_unsplit(self) -> Any:
         """Runs Lightning's own closure, untouched."""
-        return self._original()
+        return type(self._closure).closure(self._closure)
 
     def forward(self, batch: Any) -> Any:
         """Runs `training_step` on a micro-batch.
@@ -177,8 +177,14 @@ def wrap_closure(trainer: Any, run: Callable[[ClosureStep], Any]) -> Callable[[]
         closure = make_closure(kwargs, optimizer, batch_idx)
         # Where backward is skipped (stochastic weight averaging) or the module iterates the loader, nothing is split.
         if closure._backward_fn is not None and "batch" in kwargs:
-            step = ClosureStep(trainer, loop, closure, kwargs)
-            closure.closure = torch.enable_grad()(lambda *args, **kwargs: run(step))
+            # Weak: a cycle would keep every batch until the garbage collector comes by.
+            closure_ref = weakref.ref(closure)
+
+            @torch.enable_grad()
+            def run_step(*_: Any, **__: Any) -> Any:
+                return run(ClosureStep(trainer, loop, closure_ref(), kwargs))
+
+            closure.closure = run_step
         return closure
 
     before = loop.__dict__.get("_make_closure")

@@ -45,11 +45,14 @@ class StepMemory:
             limit = reachable - (1 - self._fraction) * total
         else:
             used = host.process_memory_bytes()
-            limit = min(
-                used + ceiling.available_bytes - (1 - self._fraction) * ceiling.limit_bytes
-                for ceiling in host.memory_limits()
-            )
+            limit = min(used + self._room_bytes(ceiling) for ceiling in host.memory_limits())
         return limit if self._limit_gib is None else min(limit, self._limit_gib * GIB)
+
+    def _room_bytes(self, ceiling: host.MemoryLimit) -> float:
+        if ceiling.source == "RLIMIT_AS":
+            # It counts addresses, gigabytes of which are mapped and never used: the share is of what is left.
+            return self._fraction * ceiling.available_bytes
+        return ceiling.available_bytes - (1 - self._fraction) * ceiling.limit_bytes
 
     def start(self) -> None:
         """Begins to measure a step."""
