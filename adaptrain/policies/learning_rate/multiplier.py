@@ -87,9 +87,8 @@ class Multiplier:
         return self._uncapped() * self.capped
 
     def _uncapped(self) -> float:
-        values = self.factors
-        product = values["align"] * values["plateau"] * values["guard"]
-        return min(self.bound, max(1 / self.bound, product)) * values["batch"] * values["recover"]
+        bounded = _product(self.align, self.plateau, self.guard)
+        return min(self.bound, max(1 / self.bound, bounded)) * _product(self.batch, self.recover)
 
     def step(self, signal: Signal) -> Verdict:
         """Takes in what a step shows before it is taken, and moves the factors.
@@ -163,3 +162,11 @@ class Multiplier:
         for name, factor in self._named().items():
             if name in state_dict:
                 factor.load_state_dict(state_dict[name])
+
+
+def _product(*factors: Align | LossPlateau | MetricPlateau | Batch | Recover | Guard | None) -> float:
+    product = 1.0
+    for factor in factors:
+        if factor is not None:
+            product *= factor.value
+    return product
