@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ _METRIC_FIELDS = (
     "_cache",
     "compute_on_cpu",
 )
+
+_LARGE_BYTES = 2**20
 
 
 class Transaction:
@@ -79,11 +80,12 @@ class Transaction:
             parameter.grad = None
 
     def _keep_buffers(self) -> None:
-        # A buffer that did not change since it was last copied (its version counter says so) is not copied again.
+        # A large buffer is copied again only when its version counter moved. Small ones always: batch norm's kernels
+        # write running statistics without counting.
         kept = {}
         for buffer in self._module.buffers():
             known = self._buffers.get(id(buffer))
-            if known is None or known[0] is not buffer or known[1] != buffer._version:
+            if known is None or known[0] is not buffer or _changed(*known[:2]):
                 known = (buffer, buffer._version, buffer.detach().clone())
             kept[id(buffer)] = known
         self._buffers = kept
@@ -99,7 +101,7 @@ class Transaction:
         for owner, name, buffer in self._owners:
             owner._buffers[name] = buffer  # a step may have put another tensor in its place
             _, version, copied = self._buffers[id(buffer)]
-            if buffer._version != version:
+            if _changed(buffer, version):
                 with torch.no_grad():
                     buffer.copy_(copied)
                 self._buffers[id(buffer)] = (buffer, buffer._version, copied)
@@ -110,9 +112,8 @@ class Transaction:
             vars(metric).update(fields)
 
 
-def named_instances(module: nn.Module, kinds: type | tuple[type, ...]) -> Iterable[str]:
-    """Yields the names of the submodules of these classes."""
-    return (name or type(part).__name__ for name, part in module.named_modules() if isinstance(part, kinds))
+def _changed(buffer: Tensor, version: int) -> bool:
+    return buffer.nbytes < _LARGE_BYTES or buffer._version != version
 
 
 def _metric_state(metric: Metric) -> tuple[Metric, dict[str, Any], dict[str, Any]]:
