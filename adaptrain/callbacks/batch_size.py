@@ -17,6 +17,7 @@ from adaptrain.decisions import Decision
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.engine import MicroBatching
 from adaptrain.execution.memory import GIB, StepMemory
+from adaptrain.execution.optimizer import guard_step
 from adaptrain.execution.plan import Split
 from adaptrain.execution.ranks import Ranks
 from adaptrain.policies.batch_size import MicroBatchSizePolicy
@@ -28,7 +29,8 @@ class BatchSizeController(AdaptiveCallback):
 
     One optimizer step still sees exactly the loader's samples: the batch is split, each micro-batch's loss is weighted
     by its share, and the gradients add up to those of the whole batch. When memory runs out in forward or backward the
-    same samples run again in smaller micro-batches, on every rank alike. The size is searched for: the smallest
+    same samples run again in smaller micro-batches, on every rank alike; in the optimizer's update, which is after
+    them, it is tried once more where nothing was changed yet. The size is searched for: the smallest
     within 2% of the best measured throughput whose predicted memory fits.
 
     What is equal to the run without it, up to rounding: the gradients of losses that are means over samples or tokens,
@@ -130,6 +132,9 @@ class BatchSizeController(AdaptiveCallback):
         )
         self.on_exit(self._let_go)
         self.on_exit(wrap_closure(trainer, self._engine.run))
+        if not self.dry_run:
+            for optimizer in trainer.optimizers:
+                self.on_exit(guard_step(optimizer))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Records what the step led to."""
