@@ -171,12 +171,14 @@ def _given(target: dict[str, float]) -> str:
 
 def _quiet_lightning() -> None:
     # What it has found (GPU available: False, ...) and hints at products; the run's own facts say what it runs on.
-    for package in ("pytorch_lightning", "lightning_fabric"):
+    # Whichever of the packages was imported last lends its logger to all.
+    for package in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.WARNING)
     # Advice that a user of this command can do nothing about.
     for message in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",  # as it is when a run is resumed
+        ".*The dirpath has changed from.*",  # a run that was moved or copied; its newest checkpoints are what counts
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of a deprecated class
     ):
         warnings.filterwarnings("ignore", message=message)

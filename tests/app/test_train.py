@@ -44,7 +44,7 @@ def test_a_run_leaves_a_complete_folder(command: Command, tiny: list[str], workp
     assert summary.final.params <= 0.8 * summary.dense.params
     assert summary.final.train_time_s is not None
     assert summary.final.train_time_s > 0
-    assert list(OmegaConf.load(folder / "overrides.yaml"))[0] == "data=files"
+    assert "data=files" in OmegaConf.load(folder / "overrides.yaml")
     saved = OmegaConf.load(folder / "config.yaml")
     assert OmegaConf.is_interpolation(saved.callbacks.pruning.target, "params")
     assert saved.run_dir is None
