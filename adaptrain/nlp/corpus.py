@@ -50,7 +50,8 @@ PIECE_CHARACTERS = 512
 MAX_PIECES_PER_PART = 1200
 _HELD_OUT = {"test": 0.15, "val": 0.15}
 _SHINGLE_WORDS = 6
-_SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
+_SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
+_SKIPPED_FILES = re.compile(r"entities\.py|_sysconfigdata.*")  # tables, and what this machine was built with
 _SUFFIXES = {".py", ".txt", ".rst", ".md"}
 
 
@@ -194,7 +195,8 @@ def cut(text: str) -> Iterator[str]:
 _NAMES = frozenset(name.lower() for part, modules in PARTS.items() for name in (part, *modules))
 # A long name is masked wherever it occurs, a short one only as a word of an identifier: `site` is not in "website".
 _ANYWHERE = re.compile("|".join(sorted((n for n in _NAMES if len(n) > 5 or n in PARTS), key=len, reverse=True)), re.I)
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_LETTERS = re.compile(r"[A-Za-z][A-Za-z0-9]{2,}")
+_WORD = re.compile(r"([A-Z]+(?![a-z])|[A-Z]?[a-z]+)(\d*)")
 
 
 def mask(text: str) -> str:
@@ -202,13 +204,15 @@ def mask(text: str) -> str:
 
     The names of every part are masked in the pieces of every part: a name that is missing tells nothing.
     """
-    return re.sub("[A-Za-z]{3,}", lambda match: _masked(match.group()), text)
+    return _LETTERS.sub(lambda match: _masked(match.group()), text)
 
 
 @cache
 def _masked(letters: str) -> str:
-    words = _ANYWHERE.sub(MASK, letters)
-    return _WORD.sub(lambda match: MASK if match.group().lower() in _NAMES else match.group(), words)
+    def replace(match: re.Match[str]) -> str:
+        return MASK if _NAMES & {match[0].lower(), match[1].lower()} else match[0]
+
+    return _WORD.sub(replace, _ANYWHERE.sub(MASK, letters))
 
 
 def fingerprint(documents: Sequence[Document]) -> str:
@@ -227,7 +231,7 @@ def _walk(root: Path) -> Iterator[Path]:
         if path.is_dir():
             if path.name not in _SKIPPED_FOLDERS and not path.is_symlink():
                 yield from _walk(path)
-        elif path.suffix in _SUFFIXES:
+        elif path.suffix in _SUFFIXES and not _SKIPPED_FILES.match(path.name):
             yield path
 
 

@@ -30,9 +30,11 @@ class _TextModule(_lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self._multiplier = progress_schedule(schedule, warmup=warmup)
+        self._schedule = {"name": schedule, "warmup": warmup}
         self._optimizer = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas)}
-        build_optimizer(model, **self._optimizer)  # refuses wrong arguments here, before training
+        # Wrong arguments are refused here, before training. Neither result is kept: a module must pickle.
+        progress_schedule(**self._schedule)
+        build_optimizer(model, **self._optimizer)
 
     def forward(self, **batch: Tensor) -> Any:
         """Returns the Hugging Face model's output."""
@@ -47,8 +49,9 @@ class _TextModule(_lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """Returns AdamW and a schedule over the progress of the run, so that a wall-clock budget ends annealed."""
         optimizer = build_optimizer(self.model, **self._optimizer)
+        multiplier = progress_schedule(**self._schedule)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda _: self._multiplier(_lightning.progress(self.trainer))
+            optimizer, lambda _: multiplier(_lightning.progress(self.trainer))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

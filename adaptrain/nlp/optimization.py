@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,11 +25,11 @@ def build_optimizer(
     Raises:
         ConfigurationError: An argument is out of its range.
     """
-    if not (lr > 0 and math.isfinite(lr)):
+    if not (_is_number(lr) and lr > 0):
         raise ConfigurationError(f"model.lr must be greater than 0, got {lr!r}.")
-    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
+    if not (_is_number(weight_decay) and weight_decay >= 0):
         raise ConfigurationError(f"model.weight_decay must be 0 or greater, got {weight_decay!r}.")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if len(betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
         raise ConfigurationError(f"model.betas must be two numbers in [0, 1), got {list(betas)!r}.")
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -36,3 +37,7 @@ def build_optimizer(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
