@@ -86,8 +86,8 @@ def measure_latency(
 
 
 def repeats_for(latency_ms: float) -> int:
-    """Returns how often to time a forward pass: about half a second's worth, from 20 to 100 times."""
-    return round(min(100.0, max(20.0, 500.0 / max(latency_ms, 1e-3))))
+    """Returns how often to time a forward pass: about half a second's worth, from 8 to 100 times."""
+    return round(min(100.0, max(8.0, 500.0 / max(latency_ms, 1e-3))))
 
 
 def peak_activation_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:

@@ -202,7 +202,7 @@ def _measure(
                     models[name] = _variant(twin, _with_widths(dense, {kind: width}), layers).model
                 names[shape].setdefault(kind, {})[width] = name
     rough = cost.measure_latency({"dense": twin.model}, inputs, repeats=3)["dense"]
-    times = cost.measure_latency(models, inputs, repeats=max(9, cost.repeats_for(rough) // 3))
+    times = cost.measure_latency(models, inputs, repeats=max(5, cost.repeats_for(rough) // 3))
     points: dict[tuple[Any, ...], dict[str, list[list[float]]]] = {}
     for shape, layers in probed.items():
         points[shape] = {}
@@ -221,8 +221,8 @@ def _measure(
 
 
 def _knots(count: int) -> list[int]:
-    """The widths to measure: none, very few, and quarters."""
-    return sorted({0, min(count, max(1, count // 64)), *(count * eighths // 8 for eighths in (1, 2, 4, 6, 8))})
+    """The widths to measure: none, very few, an eighth, a quarter, half, and all."""
+    return sorted({0, min(count, max(1, count // 64)), *(count * eighths // 8 for eighths in (1, 2, 4, 8))})
 
 
 def _with_widths(dense: Structure, widths: Mapping[str, int]) -> Structure:

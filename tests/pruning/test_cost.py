@@ -77,7 +77,7 @@ def test_latency_is_in_milliseconds_and_modes_are_put_back() -> None:
 
 
 def test_more_repeats_for_faster_models() -> None:
-    assert [repeats_for(ms) for ms in (0.0, 1, 10, 1000)] == [100, 100, 50, 20]
+    assert [repeats_for(ms) for ms in (0.0, 1, 10, 1000)] == [100, 100, 50, 8]
 
 
 def test_peak_of_activations_counts_what_lives_at_once() -> None:
