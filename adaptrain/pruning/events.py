@@ -55,7 +55,7 @@ def describe_event(
     for name in pruner.target:
         dense = table.dense[cost_name(name)]
         value = in_given_unit(name, fractions[cost_name(name)] * dense, dense)
-        due = in_given_unit(name, limits[cost_name(name)], dense)
+        due = in_given_unit(name, limits.get(cost_name(name), dense), dense)
         of_dense = " of dense" if name == cost_name(name) else ""
         reached.append(f"{name} {value:.2f}{of_dense} (target at this point {due:.2f})")
     reason = f"{which} of {len(plan)} at {progress:.0%} of training: {parts} removed, {', '.join(reached)}"

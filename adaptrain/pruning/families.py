@@ -203,6 +203,8 @@ def find_family(module: nn.Module) -> Match:
     found: dict[str, nn.Module] = {}
     for path, candidate in module.named_modules():
         inside = any(path.startswith(f"{outer}." if outer else "") for outer in found)
+        if "_orig_mod" in candidate._modules:
+            continue  # torch.compile's wrapper, which answers for the model inside of it
         if not inside and (_is_hugging_face(candidate) or any(family.matches(candidate) for family in _FAMILIES)):
             found[path] = candidate
     if len(found) != 1:
@@ -247,8 +249,8 @@ def _check(match: Match) -> None:
             shared = [other for parameter in linear.parameters() for other in names[id(parameter)][1:]]
             if shared:
                 raise ConfigurationError(
-                    f"{name} cannot be pruned: '{path}' of layer {index} is shared with {', '.join(shared)}, which would"
-                    " shrink with it."
+                    f"{name} cannot be pruned: '{path}' of layer {index} is shared with {', '.join(shared)}, which"
+                    " would shrink with it."
                 )
 
 

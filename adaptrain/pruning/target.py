@@ -54,7 +54,7 @@ def in_given_unit(name: str, cost: float, dense: float) -> float:
 
 
 def absolute_limits(target: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, float]:
-    """Returns the tightest absolute limit on each cost.
+    """Returns the tightest absolute limit on each cost; those that the dense model meets are left out.
 
     Args:
         target: The limits as `read_target` returns them.
@@ -63,5 +63,7 @@ def absolute_limits(target: Mapping[str, float], dense: Mapping[str, float]) -> 
     limits: dict[str, float] = {}
     for name, value in target.items():
         cost = cost_name(name)
-        limits[cost] = min(limits.get(cost, dense[cost]), absolute_limit(name, value, dense[cost]))
+        limit = absolute_limit(name, value, dense[cost])
+        if limit < limits.get(cost, dense[cost]):
+            limits[cost] = limit
     return limits

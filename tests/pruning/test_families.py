@@ -33,6 +33,12 @@ def test_a_backbone_without_a_head_is_found() -> None:
     assert len(find_family(BertModel(config)).layers) == 1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on importing its compiler
+def test_a_compiled_model_is_found_inside_its_wrapper() -> None:
+    model = tiny_bert()
+    assert find_family(TextModule(torch.compile(model))).model is model
+
+
 def test_the_dense_twin_stays_dense_and_leaves_the_random_state() -> None:
     match = find_family(tiny_bert())
     keep = structures.dense(match)

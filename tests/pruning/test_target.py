@@ -33,6 +33,6 @@ def test_the_tightest_limit_on_a_cost_holds() -> None:
     assert absolute_limits({"latency": 0.5, "latency_ms": 4}, dense) == {"latency": 4}
     assert absolute_limits({"latency": 0.3, "latency_ms": 4}, dense) == {"latency": 3}
     assert absolute_limits({"params_m": 1.5, "flops": 0.25}, dense) == {"params": 1.5e6, "flops": 25}
-    assert absolute_limits({"params_m": 9}, dense) == {"params": 4e6}
+    assert absolute_limits({"params_m": 9, "latency": 1.0}, dense) == {}
     assert in_given_unit("params_m", 1.5e6, 4e6) == 1.5
     assert in_given_unit("latency", 4.0, 10.0) == 0.4
