@@ -6,6 +6,7 @@ import logging
 import math
 import time
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -121,7 +122,7 @@ class MicroBatching:
         seconds = time.perf_counter() - began
         self._learn(outcome, shape, length, peak)
         self._say_cap(outcome.maxima[1], length)
-        self._ask(outcome, shape, samples, seconds)
+        self._ask(outcome, shape, samples, seconds, peak or 0)
         return outcome.result
 
     def _begin(self, samples: int) -> None:
@@ -189,26 +190,28 @@ class MicroBatching:
         reason += f" {outlook.predicted_gib or 0:.2f} GiB of the {outlook.limit_gib or 0:.2f} GiB allowed."
         self.proposals.append(Proposal(self._policy.size, int(cap), reason, outlook.readings))
 
-    def _ask(self, outcome: Outcome, shape: BatchLayout | None, samples: int, seconds: float) -> None:
+    def _ask(self, outcome: Outcome, shape: BatchLayout | None, samples: int, seconds: float, peak: int) -> None:
         most = int(outcome.maxima[0])
         rate = None
+        measured = {}
         if self._policy.is_searching and not outcome.failures and most:
-            rate = self._speed(shape, samples, seconds)
+            seconds, highest = self._ranks.maxima([seconds, float(peak)])
+            rate = self._work(shape, samples) / max(1e-9, seconds)
+            measured = {"peak_gib": round(highest / GIB, 4)}
         proposal = self._policy.observe(
             batch_size=most, samples_per_s=rate, forecast=lambda size: self._forecast(size, self._longest)
         )
         if proposal is not None:
-            self.proposals.append(proposal)
+            self.proposals.append(replace(proposal, readings=proposal.readings | measured))
 
-    def _speed(self, shape: BatchLayout | None, samples: int, seconds: float) -> float:
-        """Samples of average length per second, over all ranks: batches of long sentences are not slower sizes."""
+    def _work(self, shape: BatchLayout | None, samples: int) -> float:
+        """The batches of all ranks in samples of average length: one of long sentences does not make a size slow."""
         tokens = samples
         if shape is not None and shape.spans is not None:
             tokens = sum(stop - start for start, stop in shape.spans)
         self._samples_seen += samples
         self._tokens_seen += tokens
-        work = tokens * self._samples_seen / max(1, self._tokens_seen)
-        return self._ranks.sums([work])[0] / max(1e-9, self._ranks.maxima([seconds])[0])
+        return self._ranks.sums([tokens * self._samples_seen / max(1, self._tokens_seen)])[0]
 
     def _forecast(self, size: int, length: int) -> Forecast:
         predicted = self._fit.predict(size, length)

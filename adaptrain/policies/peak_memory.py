@@ -20,6 +20,7 @@ class PeakMemoryFit:
     def __init__(self) -> None:
         self._peaks: dict[tuple[int, int], float] = {}
         self._floor: float | None = None
+        self._fits: list[tuple[list[float], float]] | None = None  # coefficients and shift, until the next measurement
 
     def observe(self, samples: int, length: int, *, peak_bytes: float, floor_bytes: float) -> None:
         """Adds a measured step.
@@ -31,6 +32,7 @@ class PeakMemoryFit:
             floor_bytes: Memory in use before it. The lowest seen stands for a step of no samples.
         """
         shape = samples, length
+        self._fits = None
         self._peaks[shape] = max(peak_bytes, self._peaks.get(shape, 0.0))
         self._floor = floor_bytes if self._floor is None else min(floor_bytes, self._floor)
         if len(self._peaks) > _KEPT:
@@ -45,10 +47,13 @@ class PeakMemoryFit:
         """Returns the expected peak in bytes, or None before anything was measured."""
         if not self._peaks or self._floor is None:
             return None
-        rows = [_terms(*shape) for shape in self._peaks]
-        peaks = list(self._peaks.values())
-        rows.append((1.0, 0.0, 0.0))
-        peaks.append(self._floor)
+        if self._fits is None:
+            self._fits = self._fit(self._floor)
+        return max(_dot(coefficients, _terms(samples, length)) + shift for coefficients, shift in self._fits)
+
+    def _fit(self, floor: float) -> list[tuple[list[float], float]]:
+        rows = [*(_terms(*shape) for shape in self._peaks), (1.0, 0.0, 0.0)]
+        peaks = [*self._peaks.values(), floor]
         fits = []
         for columns in ((0,), (0, 1), (0, 2), (0, 1, 2)):
             coefficients = _least_squares([[row[c] for c in columns] for row in rows], peaks)
@@ -58,14 +63,17 @@ class PeakMemoryFit:
             for column, coefficient in zip(columns, coefficients, strict=True):
                 full[column] = coefficient
             gaps = [peak - _dot(full, row) for row, peak in zip(rows, peaks, strict=True)]
-            fits.append((sum(gap * gap for gap in gaps), _dot(full, _terms(samples, length)) + max(0.0, *gaps)))
-        # Where lengths never differed, b and c cannot be told apart: of the fits as good as the best, the most careful.
-        best = min(error for error, _ in fits)
+            fits.append((sum(gap * gap for gap in gaps), full, max(0.0, *gaps)))
+        # Where lengths never differed, b and c cannot be told apart: all fits as good as the best are asked, and the
+        # most careful answer counts.
+        best = min(error for error, _, _ in fits)
         slack = 1e-9 * sum(peak * peak for peak in peaks)
-        return max(prediction for error, prediction in fits if error <= 1.05 * best + slack)
+        return [(full, shift) for error, full, shift in fits if error <= 1.05 * best + slack]
 
     def largest_that_fits(self, samples: int, length: int, limit_bytes: float) -> int:
         """Returns the most samples of this length, from 1 to `samples`, whose predicted peak is within the limit."""
+        if (self.predict(samples, length) or 0.0) <= limit_bytes:
+            return samples
         low, high = 1, samples
         while low < high:
             middle = (low + high + 1) // 2
@@ -79,6 +87,7 @@ class PeakMemoryFit:
         """Forgets every measurement."""
         self._peaks = {}
         self._floor = None
+        self._fits = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the measurements as plain Python."""
@@ -88,6 +97,7 @@ class PeakMemoryFit:
         """Takes the measurements of `state_dict`."""
         self._peaks = {(int(samples), int(length)): float(peak) for samples, length, peak in state["peaks"]}
         self._floor = state["floor"]
+        self._fits = None
 
 
 def _terms(samples: int, length: int) -> tuple[float, float, float]:
