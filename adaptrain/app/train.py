@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
+_job_started = False  # else it is Hydra that refused the command
+
 
 def main() -> None:
     """Trains what the command line describes; without arguments, says which experiments there are."""
@@ -48,9 +50,6 @@ def main() -> None:
         raise
     finally:
         sweep.clean_up()
-
-
-_job_started = False
 
 
 @hydra.main(version_base="1.3", config_path=str(config.config_dir()), config_name="train")
@@ -173,7 +172,8 @@ def _quiet_lightning() -> None:
     # What it has found (GPU available: False, ...) and hints at products; the run's own facts say what it runs on.
     # Whichever of the packages was imported last lends its logger to all.
     for package in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(f"{package}.utilities.rank_zero").setLevel(logging.WARNING)
+        for module in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+            logging.getLogger(f"{package}.{module}").setLevel(logging.WARNING)
     # Advice that a user of this command can do nothing about.
     for message in (
         ".*does not have many workers.*",

@@ -154,8 +154,8 @@ class FilesSource:
         return ", ".join(str(path) for path in self.files.values())
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns a hash of every file's content. A missing file has none; reading it says so."""
-        hashes = {}
+        """Returns a hash of every file's content, and the columns asked for. A missing file has no hash."""
+        hashes: dict[str, Any] = {"columns": [self.text_column, self.label_column]}
         for split, path in self.files.items():
             path = Path(path).expanduser()
             content = path.read_bytes() if path.is_file() else b""
@@ -206,7 +206,8 @@ class HubSource:
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns the dataset's name: the hub's own cache decides which version that is."""
-        return {"name": self.name, "config": self.config, "splits": dict(self.splits)}
+        columns = [self.text_column, self.label_column]
+        return {"name": self.name, "config": self.config, "splits": dict(self.splits), "columns": columns}
 
     def read(self, *, task: str, val_fraction: float, seed: int) -> RawText:
         """Downloads, or takes from the hub's cache, and checks."""

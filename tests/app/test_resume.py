@@ -172,7 +172,7 @@ def test_a_signal_ends_with_a_checkpoint_that_resumes(tiny: list[str], tmp_path:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     long = [item for item in tiny if not item.startswith("trainer.max_steps")]
     process = subprocess.Popen(
-        [*command, *long, "trainer.max_steps=100000", "budget.wall_clock_min=1"],
+        [*command, *long, "trainer.max_steps=100000", "budget.wall_clock_min=0.3"],
         cwd=tmp_path,
         env=environment,
         stderr=subprocess.PIPE,
