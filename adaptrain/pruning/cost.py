@@ -124,7 +124,11 @@ def example_inputs(
     """
     positions = getattr(model.config, "max_position_embeddings", None)
     padding = getattr(model.config, "pad_token_id", None)
-    if positions is not None and model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+    if (
+        positions is not None
+        and padding is not None
+        and model.config.model_type in ("roberta", "xlm-roberta", "camembert")
+    ):
         positions -= padding + 1  # these count positions from behind the padding token
     if positions is not None and sequence_length > positions:
         raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,9 +24,11 @@ class TaylorScores:
     """First-order Taylor importance: how much the loss would change, to first order, without the unit.
 
     A gate ξ = 1 on a unit's output has the gradient ∂L/∂ξ = Σ g·w over the unit's columns of the output projection,
-    so |Σ g·w| there estimates |L(ξ=1) − L(ξ=0)| from gradients that training computes anyway. It is a change of the
-    loss for every unit, so layers, heads and neurons compare without a further norm. Padding has no gradient and
-    counts for nothing. The estimate is averaged over steps (exponentially, debiased).
+    so |Σ g·w| there estimates |L(ξ=1) − L(ξ=0)| from gradients that training computes anyway. Padding has no gradient
+    and counts for nothing. The estimate is averaged over steps (exponentially, debiased).
+
+    First order underrates taking many units out of one layer: compared as they are, whole layers lose all their heads.
+    So the scores of each layer and kind are scaled to a root mean square of the parameters of one unit.
 
     Sources: Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference"; Michel
     et al. 2019, "Are Sixteen Heads Really Better than One?".
@@ -94,18 +97,31 @@ class TaylorScores:
                 average[index] = past.lerp(torch.where(usable, gate, past), 1 - self.decay)
         self._steps += 1
 
-    def scores(self) -> Scores:
-        """Returns the averaged scores."""
+    def changes(self) -> Scores:
+        """Returns the estimated change of the loss without each unit."""
         correction = 1 - self.decay**self._steps
-        return [
-            {
-                kind: _original(self._averages.get((layer, kind)), kept[kind], sizes[kind], correction)
-                for kind in self.kinds
-            }
-            for layer, (kept, sizes) in enumerate(
-                zip(structures.current(self.match), structures.dimensions(self.match), strict=True)
-            )
-        ]
+        found: Scores = []
+        sizes = structures.dimensions(self.match)
+        for layer, kept in enumerate(structures.current(self.match)):
+            found.append({kind: [0.0] * sizes[layer][kind] for kind in self.kinds})
+            for kind in self.kinds:
+                if (layer, kind) in self._averages:
+                    averages = self._averages[layer, kind].tolist()
+                    for unit in kept[kind]:
+                        found[layer][kind][unit] = averages[unit] / correction
+        return found
+
+    def scores(self) -> Scores:
+        """Returns the scores: the estimated changes, scaled so that layers and kinds compare."""
+        changes = self.changes()
+        for layer, kept in enumerate(structures.current(self.match)):
+            for kind in self.kinds:
+                values = changes[layer][kind]
+                square = sum(values[unit] ** 2 for unit in kept[kind])
+                if square > 0:
+                    scale = _unit_params(self.match, layer, kind) * math.sqrt(len(kept[kind]) / square)
+                    changes[layer][kind] = [value * scale for value in values]
+        return changes
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the averages as plain Python."""
@@ -119,15 +135,6 @@ class TaylorScores:
             (layer, kind): torch.tensor(values, dtype=parameter.dtype, device=parameter.device)
             for layer, kind, values in state["averages"]
         }
-
-
-def _original(average: Tensor | None, kept: list[int], count: int, correction: float) -> list[float]:
-    values = [0.0] * count
-    if average is not None:
-        averages = average.tolist()
-        for unit in kept:
-            values[unit] = averages[unit] / correction
-    return values
 
 
 @torch.no_grad()
@@ -161,15 +168,20 @@ def magnitude_scores(match: Match, kinds: tuple[str, ...]) -> Scores:
 
 def _relative_size(match: Match, layer: int, kind: str) -> list[float]:
     squares: Tensor | None = None
-    count = 0
     for part in slices(match, layer, kind):
         for parameter in part.parameters():
             units = parameter.double().pow(2)
-            count += parameter.numel()
             if parameter.dim() == 2:
                 units = units.sum(1 - part.dim)
             units = units.view(-1, part.size).sum(1)
             squares = units if squares is None else squares + units
     assert squares is not None
     size = squares.sqrt()
-    return (size / size.mean().clamp_min(1e-30) * (count / len(size))).tolist()
+    return (size / size.mean().clamp_min(1e-30) * _unit_params(match, layer, kind)).tolist()
+
+
+def _unit_params(match: Match, layer: int, kind: str) -> float:
+    """Returns the parameters of one unit."""
+    parts = slices(match, layer, kind)
+    units = parts[-1].linear.in_features / parts[-1].size
+    return sum(parameter.numel() for part in parts for parameter in part.parameters()) / units

@@ -45,9 +45,12 @@ def test_taylor_equals_the_gradient_of_a_gate(name) -> None:
         for key, gradient in gate_gradients(model, step).items():
             expected[key] = 0.5 * expected.get(key, 0) + 0.5 * gradient
         scorer.update()
-    scores = scorer.scores()
+    changes, scores = scorer.changes(), scorer.scores()
     for (layer, kind), value in expected.items():
-        assert scores[layer][kind] == pytest.approx((value / (1 - 0.5**3)).tolist(), rel=1e-9)
+        assert changes[layer][kind] == pytest.approx((value / (1 - 0.5**3)).tolist(), rel=1e-9)
+        parts = slices(scorer.match, layer, kind)
+        params = sum(p.numel() for part in parts for p in part.parameters()) / len(value)
+        assert scores[layer][kind] == pytest.approx((value / value.square().mean().sqrt() * params).tolist(), rel=1e-9)
 
 
 def test_taylor_foretells_the_change_of_the_loss() -> None:
@@ -60,7 +63,7 @@ def test_taylor_foretells_the_change_of_the_loss() -> None:
     loss = loss_of(model)
     loss.backward()
     scorer.update()
-    foretold = scorer.scores()[0]["ffn"][7]
+    foretold = scorer.changes()[0]["ffn"][7]
     keep = structures.dense(match)
     keep[0]["ffn"].remove(7)
     shrink(match, keep)
@@ -87,11 +90,11 @@ def test_scores_follow_a_cut_and_stay_at_original_places() -> None:
     scorer = TaylorScores(match, KINDS)
     loss_of(model).backward()
     scorer.update()
-    before = scorer.scores()[0]["ffn"]
+    before = scorer.changes()[0]["ffn"]
     keep = structures.dense(match)
     keep[0]["ffn"] = [5, 9, 60]
     shrink(match, keep)
-    after = scorer.scores()[0]["ffn"]
+    after = scorer.changes()[0]["ffn"]
     assert [unit for unit, score in enumerate(after) if score] == [5, 9, 60]
     assert [after[unit] for unit in (5, 9, 60)] == [before[unit] for unit in (5, 9, 60)]
     scorer.update()
