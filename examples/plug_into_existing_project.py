@@ -47,17 +47,16 @@ class SnippetClassifier(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = BertForSequenceClassification(
-            BertConfig(
-                vocab_size=257,
-                hidden_size=96,
-                num_hidden_layers=3,
-                num_attention_heads=6,
-                intermediate_size=384,
-                max_position_embeddings=LENGTH,
-                num_labels=len(PACKAGES),
-            )
+        config = BertConfig(
+            vocab_size=257,
+            hidden_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            intermediate_size=384,
+            max_position_embeddings=LENGTH,
         )
+        config.num_labels = len(PACKAGES)
+        self.model = BertForSequenceClassification(config)
         self.accuracy = MulticlassAccuracy(num_classes=len(PACKAGES), average="micro")
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
