@@ -79,7 +79,9 @@ def built_from(key: str) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         if message := user_message(cause):
             raise ConfigurationError(message) from error
-        if isinstance(cause, ValueError) or (isinstance(cause, TypeError) and "argument" in str(cause)):
+        # Lightning's Trainer refuses some values (devices=-3) with a TypeError.
+        wrong_type = isinstance(cause, TypeError) and ("argument" in str(cause) or key == "trainer")
+        if isinstance(cause, ValueError) or wrong_type:
             raise ConfigurationError(f"{key}: {cause}") from error
         if isinstance(error, InstantiationException):
             raise ConfigurationError(f"{key}: {str(error).strip()}") from error

@@ -22,6 +22,7 @@ CASES = [
     (["trainer.accelerator=abacus"], ["trainer", "abacus", "cpu"]),
     (["trainer.accelerator=gpu"], ["gpu"]),
     (["+trainer.foo=1"], ["trainer", "foo"]),
+    (["trainer.devices=-3"], ["trainer", "devices"]),
     (["trainer.max_steps=-1"], ["Nothing ends this run", "trainer.max_steps"]),
     (["seed=-1"], ["seed", "-1"]),
     (["seed=${nope}"], ["nope"]),
