@@ -34,6 +34,7 @@ def main() -> None:
     if len(sys.argv) == 1:
         print(overview.experiments_text())  # noqa: T201
         return
+    _share_cores()
     try:
         _hydra_main()
     except HydraException as error:  # from --help and its kin, which Hydra does not guard
@@ -50,6 +51,16 @@ def main() -> None:
         raise
     finally:
         sweep.clean_up()
+
+
+def _share_cores() -> None:
+    """Lets torch's OpenMP threads wait instead of spin, before torch is loaded; what the user has set stays.
+
+    On two cores beside one other training process, a forward pass of the quickstart's encoder took 113 ms so and 233 ms
+    with libgomp's default; alone 67 ms and 69 ms (medians).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @hydra.main(version_base="1.3", config_path=str(config.config_dir()), config_name="train")

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from adaptrain.app.config import experiments
 from adaptrain.budget import Budget
@@ -72,3 +75,17 @@ def test_the_script_is_the_same_command(tmp_path: Path) -> None:
         [sys.executable, str(ROOT / "train.py")], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
     )
     assert "python train.py +experiment=quickstart" in result.stdout
+
+
+def test_threads_wait_instead_of_spin_unless_the_user_says_otherwise(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, spins in (({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        with monkeypatch.context() as environment:
+            for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+                environment.setenv(name, "")
+                environment.delenv(name)
+            for name, value in given.items():
+                environment.setenv(name, value)
+            command("--help")
+            assert os.environ.get("GOMP_SPINCOUNT") == spins
