@@ -124,6 +124,7 @@ class ProgressivePruning(AdaptiveCallback):
         self._pruner = Pruner(self._match, self.groups, self.target, self.round_to)
         if self._table is None:
             shape = self.latency_input or typical_shape(trainer.train_dataloader)
+            _log.info("Finding out what smaller structures cost, at %d samples of %d tokens.", *shape)
             # One rank measures, undisturbed by the others, and all decide by its numbers.
             table = self._pruner.build_table(shape) if _lightning.is_rank_zero(trainer) else None
             self._table = _lightning.broadcast(trainer, table)
