@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import adaptrain
+from adaptrain.errors import ConfigurationError
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -103,9 +104,10 @@ def log_file(folder: Path) -> Iterator[None]:
     root.addHandler(handler)
     try:
         yield
-    except BaseException:
-        record = {"name": __name__, "levelno": logging.ERROR, "levelname": "ERROR", "msg": "the run ended early"}
-        handler.handle(logging.makeLogRecord(record | {"exc_info": sys.exc_info()}))
+    except BaseException as error:
+        record = {"name": __name__, "levelno": logging.ERROR, "levelname": "ERROR", "msg": f"ended early: {error!r}"}
+        unexpected = isinstance(error, Exception) and not isinstance(error, ConfigurationError)
+        handler.handle(logging.makeLogRecord(record | {"exc_info": sys.exc_info() if unexpected else None}))
         raise
     finally:
         root.removeHandler(handler)

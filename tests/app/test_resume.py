@@ -186,6 +186,9 @@ def test_a_signal_ends_with_a_checkpoint_that_resumes(tiny: list[str], tmp_path:
     assert process.returncode == 128 + signum
     assert "Traceback" not in err
     folder = only_run(tmp_path)
+    log = (folder / "train.log").read_text()
+    assert "ended early: TrainingInterrupted" in log
+    assert "Traceback" not in log
     assert f"resume with: python train.py resume={folder.relative_to(tmp_path)}" in err
     result = subprocess.run(
         [*command, f"resume={folder.relative_to(tmp_path)}"],
