@@ -117,6 +117,15 @@ def batch_size(batch: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def elements_per_sample(batch: Any) -> int:
+    """Returns the elements of a batch's tensors per sample, a measure of the memory one takes; 1 without tensors."""
+    size = batch_size(batch)
+    if not size:
+        return 1
+    tensors = (leaf for leaf, _ in _leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+    return max(1, sum(leaf.numel() for leaf in tensors if leaf.shape[0] == size) // size)
+
+
 def layout(batch: Any, *, by_length: bool, trim_left: bool = False) -> BatchLayout | None:
     """Reads a batch's shape, and its lengths where it is to be split by length.
 
