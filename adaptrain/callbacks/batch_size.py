@@ -200,7 +200,7 @@ class BatchSizeController(AdaptiveCallback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on with them; on another machine it measures anew, starting with the same size."""
         self._policy.load_state_dict(state_dict["policy"])
-        self._evaluation_policy.load_state_dict(state_dict.get("evaluation", {}))
+        self._evaluation_policy.load_state_dict(state_dict["evaluation"])
         self._fit.load_state_dict(state_dict["fit"])
         self._machine = state_dict["machine"]
 

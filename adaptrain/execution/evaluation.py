@@ -116,20 +116,24 @@ class EvaluationBatching:
                 )
             pieces = [(micro_batch, weight * share) for _, micro_batch, share in plan.every()]
             to_do.extend(reversed(pieces))
-        if not ran_out and (proposal := self._policy.succeeded(stage, elements_per_sample(step.batch))):
+        if not ran_out and (proposal := self._policy.succeeded(stage, self._elements(step.batch))):
             self.proposals.append((stage, proposal))
         return _join(done)
 
     def _size(self, stage: str, batch: Any) -> int | None:
         """Samples at once for a batch, or None where it runs whole."""
-        size = self._policy.size(stage, elements_per_sample(batch))
-        return None if size is None or self._samples(batch) <= size else size
+        if not self._policy.limits(stage):
+            return None
+        size = self._policy.size(stage, self._elements(batch))
+        return None if self._samples(batch) <= size else size
 
     def _samples(self, batch: Any) -> int:
-        size = batch_size(batch)
-        if size is None:
-            return len(self._split(batch, 1)) if self._split is not None else 1
-        return size
+        if self._split is not None:
+            return len(self._split(batch, 1))  # its batches may hold more than samples
+        return batch_size(batch) or 1
+
+    def _elements(self, batch: Any) -> int:
+        return 1 if self._split is not None else elements_per_sample(batch)
 
     def _shrink(self, stage: str, batch: Any, message: str) -> int:
         failed = self._samples(batch)
@@ -137,18 +141,14 @@ class EvaluationBatching:
             can_split = self._split is not None or batch_size(batch) is not None
             shape = layout(batch, by_length=False)
             raise DoesNotFitError(does_not_fit(shape, can_split, self._report(), message, stage=stage))
-        proposal = self._policy.out_of_memory(stage, failed, elements_per_sample(batch))
+        proposal = self._policy.out_of_memory(stage, failed, self._elements(batch))
         self.proposals.append((stage, proposal))
         return proposal.new
 
     def _plan(self, stage: str, batch: Any, size: int) -> Plan:
         shape = None if self._split is not None else layout(batch, by_length=False)
-        weight_by = _count if stage == "predict" else self._weight_by
+        weight_by = (lambda part: float(self._samples(part))) if stage == "predict" else self._weight_by
         return make_plan(batch, shape, size, weight_by=weight_by, split=self._split)
-
-
-def _count(micro_batch: Any) -> float:
-    return float(batch_size(micro_batch) or 1)
 
 
 def _join(done: list[tuple[int, float, Any]]) -> Any:
