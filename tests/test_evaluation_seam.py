@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import lightning.pytorch
@@ -131,6 +133,40 @@ def test_every_batch_is_transferred_through_the_seam(namespace, tmp_path: Path) 
         undo()
         assert "batch_to_device" not in vars(trainer.strategy)
     assert counts == {"fit": 2, "validate": 2, "predict": 2}
+
+
+class Copied(pytorch_lightning.LightningModule):
+    rows = 0
+
+    def test_step(self, batch, batch_idx):
+        self.rows += len(batch["labels"])
+
+
+def test_a_copy_of_the_module_has_its_own_steps(tmp_path: Path) -> None:
+    copies = []
+
+    def run(step: EvaluationStep):
+        attached, module._trainer = module._trainer, None  # a copy of the module need not bring the trainer
+        copies.extend([copy.deepcopy(module), pickle.loads(pickle.dumps(module))])
+        module._trainer = attached
+        return step.forward(step.batch)
+
+    module = Copied()
+    trainer = quiet_trainer(tmp_path, callbacks=[Wrapping(run)], limit_test_batches=1)
+    trainer.test(module, text_loader(batch_size=24), verbose=False)
+    for copied in copies:
+        assert copied.rows == 0
+        copied.test_step({"labels": [1, 2]}, 0)
+        assert copied.rows == 2
+    assert module.rows == 24
+
+
+def test_a_step_set_on_the_module_itself_is_served(tmp_path: Path) -> None:
+    module = evaluated(pytorch_lightning)
+    own = module.predict_step = lambda batch, batch_idx: batch_idx
+    trainer = quiet_trainer(tmp_path, callbacks=[Wrapping(lambda step: 10 + unsplit(step))])
+    assert trainer.predict(module, text_loader(batch_size=24)) == [10, 11]
+    assert module.predict_step is own
 
 
 def test_undo_leaves_a_wrapper_put_on_later_alone(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ several times, is one step to everything outside, so that DDP's own collectives 
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,8 +76,7 @@ def _wrap(trainer: Any, pl_module: Any, name: str, run: Callable[[EvaluationStep
     step = getattr(pl_module, name)
     is_inside = False
 
-    @functools.wraps(step)  # Lightning reads its signature, and whether the user has defined it
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal is_inside
         is_trainers = not kwargs and args and any(getattr(trainer, name) for name in properties)
         if is_inside or not is_trainers or isinstance(args[0], Iterator):
@@ -87,7 +87,16 @@ def _wrap(trainer: Any, pl_module: Any, name: str, run: Callable[[EvaluationStep
         finally:
             is_inside = False
 
-    return _shadow(pl_module, name, wrapped)
+    function = getattr(step, "__func__", None)
+    if function is None:  # an attribute of this module alone, such as a compiled step
+        return _shadow(pl_module, name, functools.wraps(step)(call))
+
+    @functools.wraps(function)  # Lightning reads its signature, and whether the user has defined it
+    def method(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs) if module is pl_module else function(module, *args, **kwargs)
+
+    # Bound, so that it follows a copy of the module and pickles with it.
+    return _shadow(pl_module, name, types.MethodType(method, pl_module))
 
 
 def wrap_transfer(trainer: Any, run: Callable[[Callable[[], Any]], Any]) -> Callable[[], None]:
