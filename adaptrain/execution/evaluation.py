@@ -10,7 +10,7 @@ from torch import nn
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.oom import attempt, release_memory
 from adaptrain.execution.plan import Plan, Split, make_plan
-from adaptrain.execution.split import Piece, batch_size, elements_per_sample, layout
+from adaptrain.execution.split import Piece, batch_size, copy_containers, elements_per_sample, layout
 from adaptrain.execution.step import DoesNotFitError, does_not_fit
 from adaptrain.execution.transaction import Transaction
 from adaptrain.execution.weight import WeightBy
@@ -97,7 +97,8 @@ class EvaluationBatching:
             if size is None:
                 logged.next_piece(weight)
                 self._transaction.keep()
-                output, message = attempt(lambda micro_batch=batch: step.forward(micro_batch))
+                given, batch = batch, copy_containers(batch)
+                output, message = attempt(lambda micro_batch=given: step.forward(micro_batch))
                 if message is None:
                     if not (to_do or done):
                         return output

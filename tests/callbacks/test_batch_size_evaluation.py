@@ -13,6 +13,7 @@ import pytorch_lightning
 import torch
 import torchmetrics
 from torch import nn
+from transformers import BatchEncoding
 
 from adaptrain import BatchSizeController
 from adaptrain.callbacks.base import decision_log
@@ -351,6 +352,24 @@ def test_one_step_calling_another_is_one_step(tmp_path: Path) -> None:
     _, expected, logged, _ = run("test", plain, tmp_path)
     _, got, logged_too, _ = run("test", scarce, tmp_path, BatchSizeController())
     assert_equal([got, logged_too], [expected, logged])
+
+
+@pytest.mark.parametrize("encoding", [False, True])
+def test_a_step_may_take_entries_out_of_its_batch(encoding: bool, tmp_path: Path) -> None:
+    class Popping(Scarce):
+        def predict_step(self, batch, batch_idx):
+            labels = batch.pop("labels")
+            return self.evaluate({**batch, "labels": labels}, "predict")[0]
+
+    def collate(samples):
+        batch = torch.utils.data.default_collate(samples)
+        return BatchEncoding(batch) if encoding else batch
+
+    results = []
+    for most, controller in ((None, None), (4, BatchSizeController())):
+        loader = text_loader(batch_size=13, collate_fn=collate)
+        results.append(run("predict", Popping(most=most), tmp_path, controller, loaders=loader)[1])
+    assert_equal(results[1], results[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*dataloader_iter")
