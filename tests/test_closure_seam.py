@@ -157,6 +157,34 @@ def test_a_name_logged_twice_in_one_step_is_logged_twice() -> None:
     assert [float(call[2]) for call in results.calls] == [1.0, 5.0]
 
 
+def test_a_failed_micro_batch_leaves_no_value_behind() -> None:
+    results = _Results()
+    buffer = LogBuffer(results)
+    with buffer.capture():
+        buffer.next_piece(0.5)
+        results.log("step", "x", torch.tensor(1.0))
+        buffer.next_piece(0.5)
+        results.log("step", "x", torch.tensor(9.0))
+        results.log("step", "y", torch.tensor(9.0))
+        buffer.drop_piece()
+        buffer.next_piece(0.5)
+        results.log("step", "x", torch.tensor(3.0))
+    buffer.flush()
+    assert [(name, float(value)) for _, name, value, _ in results.calls] == [("x", 2.0)]
+
+
+def test_a_micro_batch_that_counts_nothing_is_in_sums_and_not_in_means() -> None:
+    results = _Results()
+    buffer = LogBuffer(results)
+    with buffer.capture():
+        for value, weight in ((1.0, 0.25), (3.0, 0.75), (float("nan"), 0.0)):
+            buffer.next_piece(weight)
+            results.log("step", "mean", torch.tensor(value))
+            results.log("step", "count", torch.tensor(1.0), reduce_fx="sum")
+    buffer.flush()
+    assert {name: float(value) for _, name, value, _ in results.calls} == {"mean": 2.5, "count": 3.0}
+
+
 def _module(namespace):
     """The toy module under either namespace's LightningModule."""
     if namespace is pytorch_lightning:

@@ -84,7 +84,7 @@ class LogBuffer:
     weighted mean of the micro-batches'.
 
     Args:
-        results: Lightning's result collection of the training epoch.
+        results: Lightning's result collection of the loop that runs; None in prediction, where nothing is logged.
     """
 
     def __init__(self, results: Any) -> None:
@@ -96,6 +96,9 @@ class LogBuffer:
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
         """Takes every call of `self.log` inside the block."""
+        if self._results is None:
+            yield
+            return
         self._results.log = self._log
         try:
             yield
@@ -105,6 +108,16 @@ class LogBuffer:
     def next_piece(self, weight: float) -> None:
         """Begins a micro-batch that counts `weight`."""
         self._weight = weight
+        self._seen = {}
+
+    def drop_piece(self) -> None:
+        """Forgets what the micro-batch begun last has logged: it failed."""
+        for (fx, name), count in self._seen.items():
+            for occurrence in range(count):
+                calls = self._calls[fx, name, occurrence]
+                calls.pop()
+                if not calls:
+                    del self._calls[fx, name, occurrence]
         self._seen = {}
 
     def clear(self) -> None:
@@ -150,6 +163,10 @@ def _combine(values: list[Tensor], weights: list[float], reduction: str) -> Tens
     stacked = torch.stack([value if value.is_floating_point() else value.float() for value in values])
     if reduction in ("max", "min", "sum"):
         return getattr(torch, f"a{reduction}" if reduction != "sum" else "sum")(stacked, dim=0)
+    if not all(weights):  # nothing counts there: the mean may be 0/0
+        counted = [place for place, weight in enumerate(weights) if weight] or list(range(len(weights)))
+        values, stacked = [values[place] for place in counted], stacked[counted]
+        weights = [weights[place] or 1.0 for place in counted]
     # As differences from the first, so that a constant (a rate, a count) stays exactly what it is.
     share = torch.tensor(weights, dtype=stacked.dtype, device=stacked.device) / sum(weights)
     return values[0] + ((stacked - stacked[0]) * share.reshape(-1, *[1] * (stacked.ndim - 1))).sum(0)

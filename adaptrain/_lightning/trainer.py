@@ -42,9 +42,10 @@ def progress(trainer: Any) -> float:
 def resume_step(trainer: Any) -> int | None:
     """The optimizer step that a fit resumes from, or None for a new run.
 
-    In `on_fit_start` the trainer still counts from 0: the checkpoint is open, but its loops are not restored.
+    In `on_fit_start` the trainer still counts from 0: the checkpoint is open, but its loops are not restored. A
+    checkpoint that is evaluated resumes nothing.
     """
-    if not trainer.ckpt_path:
+    if not trainer.ckpt_path or trainer.state.fn != "fit":
         return None
     opened = trainer._checkpoint_connector._loaded_checkpoint
     return int(opened["global_step"]) if opened else int(trainer.global_step)
@@ -118,6 +119,11 @@ def refuse_unsupported(trainer: Any, pl_module: Any, *, callback: str) -> None:
             f"{callback} needs Lightning's automatic optimization, but {type(pl_module).__name__} sets"
             " automatic_optimization=False. Return the loss from training_step, or leave this callback out."
         )
+    refuse_sharded(trainer, callback=callback)
+
+
+def refuse_sharded(trainer: Any, *, callback: str) -> None:
+    """Raises `ConfigurationError` for a strategy that shards parameters: its ranks must all run the same forwards."""
     strategy = type(trainer.strategy).__name__
     if any(word in strategy for word in ("FSDP", "DeepSpeed", "ModelParallel", "XLA")):
         raise ConfigurationError(

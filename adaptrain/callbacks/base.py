@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,18 +12,25 @@ from adaptrain import _lightning
 from adaptrain.decisions import Decision, DecisionLog
 
 _LOGS: WeakKeyDictionary[Any, DecisionLog] = WeakKeyDictionary()
+_FOLDERS: WeakKeyDictionary[Any, Path] = WeakKeyDictionary()
 
 
 def decision_log(trainer: Any) -> DecisionLog:
     """Returns the run's log; its file is `decisions.jsonl` in the run's folder on rank zero.
 
-    Call it on every rank: finding the folder is a collective.
+    Call it on every rank: finding the folder is a collective. After `find_run_folder` one rank may call it alone.
     """
     if trainer not in _LOGS:
-        folder = _lightning.run_folder(trainer)
+        folder = _FOLDERS.get(trainer) or _lightning.run_folder(trainer)
         path = folder / "decisions.jsonl" if _lightning.is_rank_zero(trainer) else None
         _LOGS[trainer] = DecisionLog(path, resume_step=_lightning.resume_step(trainer))
     return _LOGS[trainer]
+
+
+def find_run_folder(trainer: Any) -> None:
+    """Finds where the run's log goes, a collective, and opens no file yet: evaluation mostly decides nothing."""
+    if trainer not in _LOGS:
+        _FOLDERS[trainer] = _lightning.run_folder(trainer)
 
 
 class AdaptiveCallback(_lightning.Callback):

@@ -12,15 +12,19 @@ from torch import nn
 
 from adaptrain import _lightning
 from adaptrain._lightning.closure import wrap_closure
-from adaptrain.callbacks.base import AdaptiveCallback
+from adaptrain._lightning.evaluation import wrap_evaluation, wrap_transfer
+from adaptrain.callbacks.base import AdaptiveCallback, find_run_folder
 from adaptrain.decisions import Decision
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.engine import MicroBatching
+from adaptrain.execution.evaluation import EvaluationBatching
 from adaptrain.execution.memory import GIB, StepMemory
 from adaptrain.execution.optimizer import guard_step
 from adaptrain.execution.plan import Split
 from adaptrain.execution.ranks import Ranks
-from adaptrain.policies.batch_size import MicroBatchSizePolicy
+from adaptrain.execution.transfer import Transfer
+from adaptrain.policies.batch_size import MicroBatchSizePolicy, Proposal
+from adaptrain.policies.evaluation_size import EvaluationSizePolicy
 from adaptrain.policies.peak_memory import PeakMemoryFit
 
 
@@ -33,12 +37,21 @@ class BatchSizeController(AdaptiveCallback):
     them, it is tried once more where nothing was changed yet. The size is searched for: the smallest
     within 2% of the best measured throughput whose predicted memory fits.
 
+    Validation, test and predict steps run as Lightning runs them until memory runs out. Then the same samples run
+    again in halves, and that stage remembers the size, which grows back slowly. What they return is put together in
+    the loader's order (tensors, arrays and lists with a row per sample, also inside mappings and tuples; scalars as
+    weighted means), logged values are weighted as in training, and a metric in the module counts each sample once.
+    There each rank acts alone: a step that communicates itself must not be replayed on one of them (`self.log` with
+    `sync_dist=True` may be used: it waits for the end of the step). An error in the transfer to the device is tried
+    once more with memory freed; the batch itself must fit there. Nothing is predicted in evaluation: a process that
+    a container kills at its limit gets no error to recover from.
+
     What is equal to the run without it, up to rounding: the gradients of losses that are means over samples or tokens,
     `outputs["loss"]`, values logged with `self.log` (a mean is weighted like the loss; `reduce_fx="sum"` values are
-    taken to be counts and add up), and torchmetrics. What is not: dropout draws other masks; BatchNorm sees
-    micro-batches (a warning names it); a loss that compares the samples of a batch with each other sees fewer; a
-    value computed from a mean, such as the exponential of a loss, is averaged. Hooks around backward run once per
-    micro-batch. Attributes of the module that `training_step` changes itself are not taken back before a replay.
+    taken to be counts and add up), and torchmetrics; in evaluation outputs too. What is not: dropout draws other masks;
+    BatchNorm sees micro-batches (a warning names it); a loss that compares the samples of a batch with each other sees
+    fewer; a value computed from a mean, such as the exponential of a loss, is averaged. Hooks around backward run once
+    per micro-batch. Attributes of the module that a step changes itself are not taken back before a replay.
 
     The search goes by measured time, so that two runs may settle on different sizes and differ in rounding. For
     bit-reproducible runs give `micro_batch_size` as a number.
@@ -57,7 +70,7 @@ class BatchSizeController(AdaptiveCallback):
             what there is.
         memory_fraction: The share of what there is that may be used, in (0, 1].
         split: Your own split: `(batch, micro_batch_size) -> sequence of micro-batches`, each sample in one of them.
-        dry_run: Record the first proposal, change nothing.
+        dry_run: Record the first proposal, change nothing: running out of memory raises.
         name: Tells two of them apart in a checkpoint.
 
     Raises:
@@ -102,6 +115,13 @@ class BatchSizeController(AdaptiveCallback):
         self._fit = PeakMemoryFit()
         self._machine: dict[str, Any] | None = None
         self._engine: MicroBatching | None = None
+        self._evaluation_policy = EvaluationSizePolicy()
+        self._evaluation: EvaluationBatching | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuses, before the stage begins, what cannot be served."""
+        super().setup(trainer, pl_module, stage)
+        _lightning.refuse_sharded(trainer, callback=type(self).__name__)
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuses what the closure seam cannot serve."""
@@ -114,11 +134,7 @@ class BatchSizeController(AdaptiveCallback):
         device = trainer.strategy.root_device
         memory = StepMemory(device, limit_gib=self.memory_limit_gib, fraction=self.memory_fraction)
         self._check_memory(memory)
-        machine = memory.fingerprint()
-        if self._machine is not None and self._machine != machine:
-            self._policy.restart()
-            self._fit.clear()
-        self._machine = machine
+        self._arrive(memory)
         self._engine = MicroBatching(
             pl_module,
             policy=self._policy,
@@ -135,40 +151,102 @@ class BatchSizeController(AdaptiveCallback):
         if not self.dry_run:
             for optimizer in trainer.optimizers:
                 self.on_exit(guard_step(optimizer))
+        self._begin_evaluation(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Records what the step led to."""
         assert self._engine is not None
         for proposal in self._engine.proposals:
-            self.record(
-                trainer,
-                "micro_batch_size",
-                old=proposal.old,
-                new=proposal.new,
-                reason=proposal.reason,
-                readings=proposal.readings,
-            )
+            self._record(trainer, proposal, {})
         self._engine.proposals = []
         if trainer.loggers and not self.dry_run:
             pl_module.log("adaptrain/micro_batch_size", float(self._engine.size))
 
     def on_decision(self, trainer: Any, pl_module: Any, decision: Decision) -> None:
         """Measures anew when the model's structure has changed."""
-        if decision.knob == "structure" and self._engine is not None:
+        if decision.knob != "structure":
+            return
+        self._evaluation_policy.restart()
+        if self._engine is not None:
             self._engine.forget()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Takes over the steps, where no fit has."""
+        self._begin_evaluation(trainer, pl_module)
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def on_validation_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        """Records what the step led to."""
+        if self._evaluation is None or not self._evaluation.proposals:
+            return
+        for stage, proposal in self._evaluation.proposals:
+            self._record(trainer, proposal, {"stage": stage})
+        self._evaluation.proposals = []
+
+    on_test_batch_end = on_validation_batch_end
+    on_predict_batch_end = on_validation_batch_end
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the size, the search and the measured memory, with the machine they hold for."""
-        return {"policy": self._policy.state_dict(), "fit": self._fit.state_dict(), "machine": self._machine}
+        return {
+            "policy": self._policy.state_dict(),
+            "evaluation": self._evaluation_policy.state_dict(),
+            "fit": self._fit.state_dict(),
+            "machine": self._machine,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on with them; on another machine it measures anew, starting with the same size."""
         self._policy.load_state_dict(state_dict["policy"])
+        self._evaluation_policy.load_state_dict(state_dict["evaluation"])
         self._fit.load_state_dict(state_dict["fit"])
         self._machine = state_dict["machine"]
 
+    def _arrive(self, memory: StepMemory) -> None:
+        """Forgets what was measured on another machine."""
+        machine = memory.fingerprint()
+        if self._machine is not None and self._machine != machine:
+            self._policy.restart()
+            self._evaluation_policy.restart()
+            self._fit.clear()
+        self._machine = machine
+
+    def _begin_evaluation(self, trainer: Any, pl_module: Any) -> None:
+        if self.dry_run:
+            return
+        if self._evaluation is not None:
+            self._evaluation.begin()
+            return
+        find_run_folder(trainer)
+        device = trainer.strategy.root_device
+        memory = StepMemory(device, limit_gib=self.memory_limit_gib, fraction=self.memory_fraction)
+        self._arrive(memory)
+        self._evaluation = EvaluationBatching(
+            pl_module,
+            policy=self._evaluation_policy,
+            weight_by=self.weight_by,
+            split=self.split,
+            report=memory.report,
+        )
+        self._evaluation.begin()
+        self.on_exit(self._let_go)
+        self.on_exit(wrap_evaluation(trainer, pl_module, self._evaluation.run))
+        self.on_exit(wrap_transfer(trainer, Transfer(memory.report)))
+
     def _let_go(self) -> None:
-        self._engine = None
+        self._engine = self._evaluation = None
+
+    def _record(self, trainer: Any, proposal: Proposal, where: Mapping[str, str]) -> None:
+        self.record(
+            trainer,
+            "micro_batch_size",
+            old=proposal.old,
+            new=proposal.new,
+            reason=proposal.reason,
+            readings={**proposal.readings, **where},
+        )
 
     def _check_training(self, trainer: Any, pl_module: nn.Module) -> None:
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):

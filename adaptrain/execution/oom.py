@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -48,6 +50,24 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     message = str(error).lower()
     return any(text in message for text in _MESSAGES)
+
+
+def attempt(run: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Runs something that may run out of memory. Any other error is raised.
+
+    Args:
+        run: What to run.
+
+    Returns:
+        What it returned, and None; or None, and the first line of the out-of-memory error. Not the error itself: it
+        pins the tensors of the frames it passed.
+    """
+    try:
+        return run(), None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def release_memory() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +21,8 @@ Split = Callable[[Any, int], Sequence[Any]]
 class Plan:
     """The micro-batches of one attempt. Iterate for `(number, micro-batch, share)`; tensors are cut on the way.
 
-    A micro-batch in which nothing counts is left out: its mean would be 0/0, and it adds nothing to the loss.
+    A micro-batch in which nothing counts is left out: its mean would be 0/0, and it adds nothing to the loss. `every`
+    yields it too.
 
     Args:
         batches: Cuts the micro-batches, one after the other.
@@ -43,50 +47,73 @@ class Plan:
         self.shares = [weight / self.total for weight in weights]
 
     def __iter__(self) -> Iterator[tuple[int, Any, float]]:
-        batches = self._batches()
-        for number, share in enumerate(self.shares):
-            micro_batch = next(batches)
-            if share:
-                yield number, micro_batch, share
+        return (piece for piece in self.every() if piece[2])
+
+    def every(self) -> Iterator[tuple[int, Any, float]]:
+        """Yields as iterating does, and also what counts nothing."""
+        return zip(itertools.count(), self._batches(), self.shares, strict=False)
 
     @property
     def largest(self) -> int:
         """Samples of the largest micro-batch."""
         return max(piece.size for piece in self.pieces)
 
-    def join(self, outputs: Sequence[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
-        """Puts what `training_step` returned beside the loss together, as the unsplit step would have returned it.
+    def join(self, outputs: Sequence[tuple[int, Any]]) -> Any:
+        """Puts the outputs of the micro-batches together, as the unsplit step would have returned them.
 
-        Tensors with a row per sample are concatenated in the loader's order, with columns that were trimmed filled
-        with zeros; scalars are averaged by their share; anything else becomes a list with an entry per micro-batch.
+        Tensors and arrays with a row per sample, and lists with an entry per sample, are concatenated in the loader's
+        order, with columns that were trimmed filled with zeros; scalars are averaged by their share; mappings, lists
+        and tuples are joined entry by entry. Anything else becomes a list with an entry per micro-batch.
 
         Args:
-            outputs: `(number, values)` of the micro-batches that ran.
+            outputs: `(number, output)` of the micro-batches that ran. In training the output is what `training_step`
+                returned beside the loss, a dict.
         """
         if not outputs:
             return {}
         if len(self.pieces) == 1 and self.pieces[0].columns is None:
             return outputs[0][1]
-        return {key: self._join([(number, values.get(key)) for number, values in outputs]) for key in outputs[0][1]}
-
-    def _join(self, outputs: list[tuple[int, Any]]) -> Any:
-        values = [value for _, value in outputs]
-        pieces = [self.pieces[number] for number, _ in outputs]
-        if all(isinstance(value, (float, int)) or (isinstance(value, Tensor) and not value.ndim) for value in values):
-            shares = [self.shares[number] for number, _ in outputs]
-            return sum(value * share for value, share in zip(values, shares, strict=True)) / sum(shares)
-        rows = all(
-            isinstance(value, Tensor) and value.ndim and value.shape[0] == piece.size
-            for value, piece in zip(values, pieces, strict=True)
+        return self._join(
+            [(self.pieces[number], self.shares[number]) for number, _ in outputs], [o for _, o in outputs]
         )
-        if not rows:
+
+    def _join(self, ran: list[tuple[Piece, float]], values: list[Any]) -> Any:
+        first = values[0]
+        if all(value is None for value in values):
+            return None
+        if all(isinstance(value, (float, int)) or (isinstance(value, Tensor) and not value.ndim) for value in values):
+            return _mean(values, [share for _, share in ran])
+        if all(_rows(value) == piece.size for value, (piece, _) in zip(values, ran, strict=True)):
+            return self._concatenate([piece for piece, _ in ran], values)
+        if any(type(value) is not type(first) for value in values):
             return values
-        joined = torch.cat([self._widen(value, piece) for value, piece in zip(values, pieces, strict=True)])
-        order = self._layout.order if self._layout is not None and len(self.pieces) > 1 else None
-        if order is None:
+        if isinstance(first, Mapping):
+            joined: Any = copy.copy(first)  # keeps the class, as of a model's output
+            for key in first:
+                joined[key] = self._join(ran, [value.get(key) for value in values])
             return joined
-        present = [row for piece in pieces for row in order[slice(*piece.rows)]]
-        return joined[torch.tensor(present).argsort().to(joined.device)]
+        if isinstance(first, (list, tuple)) and all(len(value) == len(first) for value in values):
+            items = [self._join(ran, list(each)) for each in zip(*values, strict=True)]
+            return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+        return values
+
+    def _concatenate(self, pieces: list[Piece], values: list[Any]) -> Any:
+        first = values[0]
+        order = self._layout.order if self._layout is not None and len(self.pieces) > 1 else None
+        present = [row for piece in pieces for row in order[slice(*piece.rows)]] if order is not None else None
+        if isinstance(first, list):
+            entries = [entry for value in values for entry in value]
+            return entries if present is None else [entries[place] for place in _inverse(present)]
+        if not isinstance(first, Tensor):
+            if len({value.shape[1:] for value in values}) > 1:
+                return values
+            array = sys.modules["numpy"].concatenate(values)
+            return array if present is None else array[_inverse(present)]
+        wide = [self._widen(value, piece) for value, piece in zip(values, pieces, strict=True)]
+        if len({value.shape[1:] for value in wide}) > 1:
+            return values  # such as generated sequences, each as long as the longest beside it
+        rows = torch.cat(wide)
+        return rows if present is None else rows[torch.tensor(_inverse(present)).to(rows.device)]
 
     def _widen(self, value: Tensor, piece: Piece) -> Tensor:
         if self._layout is None or piece.columns is None or value.ndim < 2 or value.shape[1] != piece.length:
@@ -94,6 +121,24 @@ class Plan:
         wide = value.new_zeros((value.shape[0], self._layout.length, *value.shape[2:]))
         wide[:, slice(*piece.columns)] = value
         return wide
+
+
+def _rows(value: Any) -> int | None:
+    """The rows of a tensor or array, or the entries of a list that has one per sample; None for anything else."""
+    if isinstance(value, Tensor) or type(value).__module__ == "numpy":
+        return value.shape[0] if value.ndim else None
+    if isinstance(value, list) and not all(_rows(entry) == len(value) for entry in value):
+        return len(value)  # else a list of tensors with a row per sample each
+    return None
+
+
+def _mean(values: list[Any], shares: list[float]) -> Any:
+    counted = [(value, share) for value, share in zip(values, shares, strict=True) if share]
+    return sum(value * share for value, share in counted) / sum(share for _, share in counted)
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def make_plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,6 +116,27 @@ def batch_size(batch: Any) -> int | None:
     if len(sizes) == 2:
         sizes.discard(1)
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def elements_per_sample(batch: Any) -> int:
+    """Returns the elements of a batch's tensors per sample, a measure of the memory one takes; 1 without tensors."""
+    size = batch_size(batch)
+    if not size:
+        return 1
+    tensors = (leaf for leaf, _ in _leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+    return max(1, sum(leaf.numel() for leaf in tensors if leaf.shape[0] == size) // size)
+
+
+def copy_containers(batch: Any) -> Any:
+    """Returns the same tensors in dicts, lists and tuples of their own: a step may take entries out of its batch."""
+    if isinstance(batch, UserDict) or type(batch) is dict:
+        copied = copy.copy(batch)
+        for key, value in batch.items():
+            copied[key] = copy_containers(value)
+        return copied
+    if type(batch) in (list, tuple):
+        return type(batch)(copy_containers(value) for value in batch)
+    return batch
 
 
 def layout(batch: Any, *, by_length: bool, trim_left: bool = False) -> BatchLayout | None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from adaptrain.execution.oom import is_out_of_memory, release_memory
+from adaptrain.execution.oom import attempt, release_memory
 from adaptrain.execution.plan import Plan, Split, make_plan
 from adaptrain.execution.ranks import Ranks
 from adaptrain.execution.split import BatchLayout, Piece
@@ -146,7 +146,7 @@ class StepRunner:
                 release_memory()
                 self._transaction.rollback()
                 if not can_split or min(largest, micro_batch_size) <= 1:
-                    raise DoesNotFitError(_does_not_fit(layout, can_split, self._report(), message))
+                    raise DoesNotFitError(does_not_fit(layout, can_split, self._report(), message))
                 failures.append(Failure(int(largest), message or ""))
                 shrunk = shrink(failures[-1])
                 # A rank may have run fewer samples at once than the others: where it ran out, half of that is next.
@@ -171,14 +171,9 @@ class StepRunner:
     def _attempt(
         self, step: Step, plan: Plan, scale: float, logged: Any
     ) -> tuple[tuple[Tensor | None, list[tuple[int, dict[str, Any]]]] | None, str | None]:
-        """Returns what was computed, or the out-of-memory error's message: the error itself pins its tensors."""
-        try:
-            with step.local() if self._ranks.count > 1 else contextlib.nullcontext(), logged.capture():
-                return self._micro_batches(step, plan, scale, logged), None
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return None, str(error).strip().split("\n")[0] or type(error).__name__
+        """Returns what was computed, or the out-of-memory error's message."""
+        with step.local() if self._ranks.count > 1 else contextlib.nullcontext(), logged.capture():
+            return attempt(lambda: self._micro_batches(step, plan, scale, logged))
 
     def _micro_batches(
         self, step: Step, plan: Plan, scale: float, logged: Any
@@ -202,11 +197,23 @@ class StepRunner:
         return total, outputs
 
 
-def _does_not_fit(layout: BatchLayout | None, can_split: bool, report: str, message: str | None) -> str:
+def does_not_fit(
+    layout: BatchLayout | None, can_split: bool, report: str, message: str | None, *, stage: str | None = None
+) -> str:
+    """Returns the text of a `DoesNotFitError`.
+
+    Args:
+        layout: The layout of what did not fit, where there is one.
+        can_split: Whether it was a single sample; else it is a batch that cannot be split.
+        report: A description of memory.
+        message: The error's first line; None where another rank ran out.
+        stage: The stage of evaluation; None in training.
+    """
     what = "A single sample" if can_split else "A batch that cannot be split into samples"
     length = f" ({layout.length} columns)" if layout is not None and layout.length > 1 else ""
+    training = " gradient checkpointing, an optimizer with less state," if stage is None else ""
     return (
-        f"{what}{length} does not fit into memory. {report} The error was: {message or 'on another rank'}\n"
-        "What to try: shorter sequences or smaller inputs, gradient checkpointing, a lower precision, an optimizer"
-        " with less state, a smaller model, or a higher memory_limit_gib where that is what limits."
+        f"{what}{length} does not fit into memory{'' if stage is None else f' in {stage}'}. {report} The error was:"
+        f" {message or 'on another rank'}\nWhat to try: shorter sequences or smaller inputs, a lower precision,"
+        f"{training} a smaller model, or a higher memory_limit_gib where that is what limits."
     )

@@ -38,10 +38,12 @@ class Transaction:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._buffers: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._buffers: dict[int, tuple[Tensor, int | None, Tensor]] = {}
         self._random: Any = None
         self._metrics: list[tuple[Metric, dict[str, Any], dict[str, Any]]] = []
         self._held: list[tuple[nn.Parameter, Tensor]] = []
+        self._with_buffers: list[nn.Module] = []
+        self._with_state: list[Metric] = []
 
     def begin(self, *, hold_gradients: bool) -> None:
         """Keeps the state before the first attempt.
@@ -50,9 +52,8 @@ class Transaction:
             hold_gradients: Gradients of earlier batches of the accumulation window are put aside until `commit`;
                 False where the step zeroes them anyway.
         """
-        self._random = _random_states()
-        self._keep_buffers()
-        self._metrics = [_metric_state(module) for module in self._module.modules() if isinstance(module, Metric)]
+        self.look()
+        self.keep()
         self._held = []
         if hold_gradients:
             self._held = [(p, p.grad) for p in self._module.parameters() if p.grad is not None]
@@ -61,7 +62,21 @@ class Transaction:
     def rollback(self) -> None:
         """Restores the state that `begin` kept, with no gradient of the failed attempt left."""
         self._drop_gradients()
-        self._restore()
+        self.restore()
+
+    def look(self) -> None:
+        """Finds the module's buffers and metrics. Call it where they may have changed, before `keep`."""
+        modules = list(self._module.modules())
+        self._with_buffers = [module for module in modules if module._buffers]
+        self._with_state = [module for module in modules if isinstance(module, Metric)]
+
+    def keep(self) -> None:
+        """Keeps the state but for gradients, where a step computes none."""
+        self._random = _random_states()
+        # Evaluation runs in inference mode, whose copies could not be changed in training.
+        with torch.inference_mode(False):
+            self._keep_buffers()
+            self._metrics = [_metric_state(metric) for metric in self._with_state]
 
     def commit(self) -> None:
         """Adds the gradients put aside to the new ones. The attempt succeeded."""
@@ -83,28 +98,33 @@ class Transaction:
         # A large buffer is copied again only when its version counter moved. Small ones always: batch norm's kernels
         # write running statistics without counting.
         kept = {}
-        for buffer in self._module.buffers():
-            known = self._buffers.get(id(buffer))
-            if known is None or known[0] is not buffer or _changed(*known[:2]):
-                known = (buffer, buffer._version, buffer.detach().clone())
-            kept[id(buffer)] = known
-        self._buffers = kept
         self._owners = [
             (module, name, buffer)
-            for module in self._module.modules()
+            for module in self._with_buffers
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
+        for _, _, buffer in self._owners:
+            known = self._buffers.get(id(buffer))
+            if known is None or known[0] is not buffer or _changed(*known[:2]):
+                known = (buffer, _version(buffer), buffer.detach().clone())
+            kept[id(buffer)] = known
+        self._buffers = kept
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Restores what `keep` kept; gradients stay."""
         _set_random_states(self._random)
         for owner, name, buffer in self._owners:
             owner._buffers[name] = buffer  # a step may have put another tensor in its place
             _, version, copied = self._buffers[id(buffer)]
             if _changed(buffer, version):
-                with torch.no_grad():
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(copied)
-                self._buffers[id(buffer)] = (buffer, buffer._version, copied)
+                self._buffers[id(buffer)] = (buffer, _version(buffer), copied)
+        with torch.inference_mode(False):
+            self._restore_metrics()
+
+    def _restore_metrics(self) -> None:
         for metric, states, fields in self._metrics:
             for name, value in states.items():
                 # Metrics of one collection share state tensors only until the next read, which shares them anew.
@@ -112,8 +132,12 @@ class Transaction:
             vars(metric).update(fields)
 
 
-def _changed(buffer: Tensor, version: int) -> bool:
-    return buffer.nbytes < _LARGE_BYTES or buffer._version != version
+def _version(buffer: Tensor) -> int | None:
+    return None if buffer.is_inference() else buffer._version  # tensors made in inference mode do not count
+
+
+def _changed(buffer: Tensor, version: int | None) -> bool:
+    return buffer.nbytes < _LARGE_BYTES or version is None or _version(buffer) != version
 
 
 def _metric_state(metric: Metric) -> tuple[Metric, dict[str, Any], dict[str, Any]]:

@@ -147,7 +147,8 @@ def _memory(metrics: Metrics) -> tuple[Series, ...]:
 def _knob_lines(applied: Sequence[Decision], last: float) -> tuple[Series, ...]:
     lines = []
     for knob, label in (("micro_batch_size", "micro-batch"), ("global_batch_size", "global batch")):
-        points = [(d.step, d.old, d.new) for d in applied if d.knob == knob and is_number(d.new)]
+        taken = [d for d in applied if d.knob == knob and "stage" not in d.readings]  # evaluation has its own size
+        points = [(d.step, d.old, d.new) for d in taken if is_number(d.new)]
         if points:
             steps, values = [float(step) for step, _, _ in points], [float(new) for _, _, new in points]
             if steps[0] > 0 and is_number(points[0][1]):

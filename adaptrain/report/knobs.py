@@ -57,10 +57,11 @@ def change_text(decision: Decision) -> str:
 
 
 def knob_stories(decisions: Sequence[Decision]) -> list[KnobStory]:
-    """One story per knob, in the order the knobs first moved."""
+    """One story per knob, in the order the knobs first moved; a stage of evaluation has its own."""
     by_knob: dict[str, list[Decision]] = {}
     for decision in decisions:
-        by_knob.setdefault(decision.knob, []).append(decision)
+        stage = decision.readings.get("stage")
+        by_knob.setdefault(f"{decision.knob} in {stage}" if stage else decision.knob, []).append(decision)
     return [_story(knob, taken) for knob, taken in by_knob.items()]
 
 

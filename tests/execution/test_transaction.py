@@ -92,3 +92,29 @@ def test_a_large_buffer_that_does_not_change_is_copied_once() -> None:
     module.table += 1
     transaction.begin(hold_gradients=False)
     assert transaction._buffers[id(module.table)][2] is not copied
+
+
+@pytest.mark.filterwarnings("ignore:.*compute.*")
+def test_a_step_in_inference_mode_is_taken_back_and_training_goes_on_after_it() -> None:
+    module = Holder()
+    module.register_buffer("large", torch.zeros(2**19))
+    module.linear.weight.grad = torch.ones_like(module.linear.weight)
+    transaction = Transaction(module)
+    with torch.inference_mode():
+        module.register_buffer("made_there", torch.zeros(3))
+        transaction.look()
+        for _ in range(2):
+            before = module.state()
+            transaction.keep()
+            with torch.inference_mode(False):
+                module.norm.running_mean += 1
+            module.large += 1
+            module.made_there += 1
+            module.replaced = torch.rand(2)
+            module.accuracy(torch.rand(4, 2), torch.randint(2, (4,)))
+            module.values.update(torch.rand(3))
+            transaction.restore()
+            assert all(torch.equal(a, b) for a, b in zip(module.state(), before, strict=True))
+    assert module.linear.weight.grad is not None
+    module.step()  # copies made in inference mode could not be changed here
+    module.large += 1

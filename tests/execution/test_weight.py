@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from adaptrain import ConfigurationError
-from adaptrain.execution.plan import make_plan
-from adaptrain.execution.split import layout
+from adaptrain.execution.plan import Plan, make_plan
+from adaptrain.execution.split import Piece, layout
 from adaptrain.execution.weight import sample_weights
 from tests.toys import language_model_samples, tiny_bert, tiny_llama
 
@@ -125,3 +128,49 @@ def test_outputs_are_joined_in_the_loaders_order_with_trimmed_columns_filled() -
     assert torch.equal(joined["ids"], whole["input_ids"])
     assert float(joined["mean"]) == pytest.approx((6 + 5.5 + 2.5) / 3)
     assert joined["text"] == ["x", "x", "x"]
+
+
+def joined_outputs(outputs: list, sizes: list[int], weights: list[float] | None = None):
+    bounds = [0, *itertools.accumulate(sizes)]
+    pieces = [Piece(pair, None, 1) for pair in itertools.pairwise(bounds)]
+    plan = Plan(lambda: iter(()), weights or [float(size) for size in sizes], pieces)
+    return plan.join(list(enumerate(outputs)))
+
+
+def test_nested_outputs_are_joined_entry_by_entry() -> None:
+    first = {"a": (torch.zeros(2, 3), [np.zeros(2)]), "b": ["x", "y"], "none": None}
+    second = {"a": (torch.ones(1, 3), [np.ones(1)]), "b": ["z"], "none": None}
+    joined = joined_outputs([first, second], [2, 1])
+    assert joined["a"][0].tolist() == [[0.0] * 3, [0.0] * 3, [1.0] * 3]
+    assert joined["a"][1][0].tolist() == [0.0, 0.0, 1.0]
+    assert (joined["b"], joined["none"]) == (["x", "y", "z"], None)
+    assert isinstance(joined["a"], tuple)
+
+
+def test_lists_with_an_entry_per_sample_are_told_from_lists_of_tensors() -> None:
+    per_sample = [[torch.zeros(5), torch.zeros(7)], [torch.zeros(3)]]
+    assert [len(entry) for entry in joined_outputs(per_sample, [2, 1])] == [5, 7, 3]
+    heads = [[torch.zeros(2, 4), torch.zeros(2)], [torch.zeros(1, 4), torch.zeros(1)]]
+    assert [tuple(entry.shape) for entry in joined_outputs(heads, [2, 1])] == [(3, 4), (3,)]
+
+
+def test_what_cannot_be_joined_is_a_list_with_an_entry_per_micro_batch() -> None:
+    assert joined_outputs(["val", "val"], [2, 1]) == ["val", "val"]
+    lengths = [torch.zeros(2, 5), torch.zeros(1, 4)]  # such as generated sequences
+    assert joined_outputs(lengths, [2, 1]) == lengths
+    arrays = [np.zeros((2, 5)), np.zeros((1, 4))]
+    assert joined_outputs(arrays, [2, 1]) == arrays
+    assert joined_outputs([{"a": 1.0}, None], [2, 1]) == [{"a": 1.0}, None]
+
+
+def test_a_mean_leaves_out_what_counts_nothing() -> None:
+    assert joined_outputs([torch.tensor(2.0), torch.tensor(float("nan"))], [2, 1], [2.0, 0.0]) == 2.0
+    assert joined_outputs([1.0, 4.0], [2, 1]) == pytest.approx(2.0)
+
+
+def test_numpy_rows_come_back_in_the_loaders_order() -> None:
+    whole = batch()
+    plan = make_plan(whole, layout(whole, by_length=True), 1, weight_by="auto")
+    outputs = [(n, {"array": m["input_ids"][:, :1].numpy(), "list": m["input_ids"][:, 0].tolist()}) for n, m, _ in plan]
+    joined = plan.join(outputs)
+    assert joined["array"][:, 0].tolist() == joined["list"] == whole["input_ids"][:, 0].tolist()

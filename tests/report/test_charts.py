@@ -88,3 +88,10 @@ def test_both_batch_sizes_share_a_picture() -> None:
     drawn = {chart.title: chart for chart in charts({}, grown, metric=None, memory_limit_gib=None)}
     assert [line.label for line in drawn["Batch size"].series] == ["micro-batch", "global batch"]
     assert drawn["Batch size"].series[1].values == (64, 128, 128)
+
+
+def test_the_size_of_evaluation_is_not_drawn_as_the_one_of_training() -> None:
+    stage = decision(250, "micro_batch_size", 64, 4, "ran out in validation", readings={"stage": "validation"})
+    grown = [*DECISIONS, decision(250, "global_batch_size", 64, 128, "the noise scale is 300"), stage]
+    drawn = {chart.title: chart for chart in charts({}, grown, metric=None, memory_limit_gib=None)}
+    assert 4 not in drawn["Batch size"].series[0].values

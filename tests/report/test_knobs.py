@@ -13,6 +13,13 @@ def test_each_knob_has_its_story() -> None:
     assert [item.step for item in stories["structure"].telling] == [120, 200]
 
 
+def test_a_stage_of_evaluation_has_its_own_story() -> None:
+    stage = decision(250, "micro_batch_size", 64, 4, "ran out in validation", readings={"stage": "validation"})
+    stories = {story.label: story.headline for story in knobs.knob_stories([*DECISIONS, stage])}
+    assert stories["micro-batch size"] == "2 decisions, 64 → 64 (lowest 32)"
+    assert stories["micro batch size in validation"] == "1 decision, 64 → 4"
+
+
 def test_many_decisions_are_told_by_the_first_and_the_largest_of_each_kind() -> None:
     climb = [decision(i, "learning_rate", 1.05**i, 1.05 ** (i + 1), f"cosine 0.{i:02d}: higher") for i in range(20)]
     fall = decision(20, "learning_rate", 2.6, 0.5, "the loss rose for 3 windows")
