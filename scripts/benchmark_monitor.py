@@ -101,7 +101,8 @@ def main() -> None:
     args = parser.parse_args()
 
     warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning.pytorch"):  # the one imported last prints for both
+        logging.getLogger(name).setLevel(logging.WARNING)
     samples: Any = [
         {"input_ids": torch.randint(5, 8192, (64,)), "labels": torch.tensor(index % 2)}
         for index in range(args.steps * args.batch_size)
