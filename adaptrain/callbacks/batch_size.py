@@ -13,6 +13,7 @@ from torch import nn
 from adaptrain import _lightning
 from adaptrain._lightning.closure import wrap_closure
 from adaptrain.callbacks.base import AdaptiveCallback
+from adaptrain.callbacks.global_batch_size import GlobalBatchSize
 from adaptrain.decisions import Decision
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.engine import MicroBatching
@@ -20,7 +21,8 @@ from adaptrain.execution.memory import GIB, StepMemory
 from adaptrain.execution.optimizer import guard_step
 from adaptrain.execution.plan import Split
 from adaptrain.execution.ranks import Ranks
-from adaptrain.policies.batch_size import MicroBatchSizePolicy
+from adaptrain.policies.batch_size import MicroBatchSizePolicy, Proposal
+from adaptrain.policies.global_batch_size import GlobalBatchSizePolicy, global_batch_size_policy
 from adaptrain.policies.peak_memory import PeakMemoryFit
 
 
@@ -57,7 +59,12 @@ class BatchSizeController(AdaptiveCallback):
             what there is.
         memory_fraction: The share of what there is that may be used, in (0, 1].
         split: Your own split: `(batch, micro_batch_size) -> sequence of micro-batches`, each sample in one of them.
-        dry_run: Record the first proposal, change nothing.
+        global_batch_size: Samples of one optimizer step, over all ranks and accumulated batches: None: the loader's; a
+            number; or a policy: `BatchSizeRamp(...)`, `GradientNoiseScale(...)`. The loader's samples are then grouped
+            anew, also in the middle of an epoch, each once an epoch. An integer `limit_train_batches` or
+            `val_check_interval` keeps counting batches; a share of an epoch goes by samples. Changes are recorded and
+            heard by `LearningRateController`; the size that training begins with is what the given rate belongs to.
+        dry_run: Record what would be proposed first, change nothing.
         name: Tells two of them apart in a checkpoint.
 
     Raises:
@@ -73,6 +80,7 @@ class BatchSizeController(AdaptiveCallback):
         memory_limit_gib: float | None = None,
         memory_fraction: float = 0.9,
         split: Split | None = None,
+        global_batch_size: int | GlobalBatchSizePolicy | None = None,
         dry_run: bool = False,
         name: str | None = None,
     ) -> None:
@@ -98,14 +106,21 @@ class BatchSizeController(AdaptiveCallback):
         self.memory_limit_gib = memory_limit_gib
         self.memory_fraction = memory_fraction
         self.split = split
+        self.global_batch_size = global_batch_size
+        policy = global_batch_size_policy(global_batch_size)
+        self._global = policy and GlobalBatchSize(
+            policy, record=self._record_global, callback=type(self).__name__, dry_run=dry_run
+        )
         self._policy = MicroBatchSizePolicy(fixed=fixed)
         self._fit = PeakMemoryFit()
         self._machine: dict[str, Any] | None = None
         self._engine: MicroBatching | None = None
 
     def check(self, trainer: Any, pl_module: Any) -> None:
-        """Refuses what the closure seam cannot serve."""
+        """Refuses what the seams cannot serve; takes over the training loader where the global batch size is to change."""
         _lightning.refuse_unsupported(trainer, pl_module, callback=type(self).__name__)
+        if self._global is not None and (undo := self._global.setup(trainer)) is not None:
+            self.on_exit(undo)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes over the closure."""
@@ -136,6 +151,16 @@ class BatchSizeController(AdaptiveCallback):
             for optimizer in trainer.optimizers:
                 self.on_exit(guard_step(optimizer))
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Records the global batch size where it is not the loader's."""
+        if self._global is not None:
+            self._global.start(trainer)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Records a global batch size that holds from here on."""
+        if self._global is not None:
+            self._global.epoch_start(trainer)
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Records what the step led to."""
         assert self._engine is not None
@@ -151,6 +176,21 @@ class BatchSizeController(AdaptiveCallback):
         self._engine.proposals = []
         if trainer.loggers and not self.dry_run:
             pl_module.log("adaptrain/micro_batch_size", float(self._engine.size))
+        if self._global is not None:
+            if trainer.loggers and not self.dry_run:
+                pl_module.log("adaptrain/global_batch_size", float(self._global.size))
+            self._global.batch_end(trainer)
+
+    def _record_global(self, trainer: Any, proposal: Proposal, offer: bool) -> None:
+        self.record(
+            trainer,
+            "global_batch_size",
+            old=proposal.old,
+            new=proposal.new,
+            reason=proposal.reason,
+            readings=proposal.readings,
+            offer=offer,
+        )
 
     def on_decision(self, trainer: Any, pl_module: Any, decision: Decision) -> None:
         """Measures anew when the model's structure has changed."""
@@ -159,13 +199,16 @@ class BatchSizeController(AdaptiveCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the size, the search and the measured memory, with the machine they hold for."""
-        return {"policy": self._policy.state_dict(), "fit": self._fit.state_dict(), "machine": self._machine}
+        state = {"policy": self._policy.state_dict(), "fit": self._fit.state_dict(), "machine": self._machine}
+        return state if self._global is None else state | {"global": self._global.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on with them; on another machine it measures anew, starting with the same size."""
         self._policy.load_state_dict(state_dict["policy"])
         self._fit.load_state_dict(state_dict["fit"])
         self._machine = state_dict["machine"]
+        if self._global is not None and "global" in state_dict:
+            self._global.load_state_dict(state_dict["global"])
 
     def _let_go(self) -> None:
         self._engine = None

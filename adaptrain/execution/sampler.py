@@ -40,7 +40,7 @@ class ResizableBatchSampler(Sampler[list[int]]):
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.epoch = 0
-        self.is_mixed = False
+        self._has_changed = False  # in this epoch
         self._generators = list(generators)
         self._changes: list[tuple[int, int]] = []  # (first batch, size): those still to come
         self._forget_epoch()
@@ -61,7 +61,7 @@ class ResizableBatchSampler(Sampler[list[int]]):
             epoch: Its number.
         """
         self.epoch = epoch
-        self.is_mixed = False
+        self._has_changed = False
         if self._changes:
             self.batch_size, self._changes = self._changes[-1][1], []
         self._forget_epoch()
@@ -70,6 +70,16 @@ class ResizableBatchSampler(Sampler[list[int]]):
     def samples(self) -> int:
         """Samples in an epoch."""
         return len(self._order) if self._order is not None else len(cast(Sized, self.sampler))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the batches of this epoch differ in size, or will."""
+        return self._has_changed or bool(self._changes)
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether this epoch began before a restart."""
+        return self._replay is not None
 
     @property
     def handed_out(self) -> int:
@@ -85,12 +95,6 @@ class ResizableBatchSampler(Sampler[list[int]]):
         if samples < self._ends[-1]:
             return self._first + sum(end <= samples for end in self._ends[1:])
         return self.handed_out + self._to_come(int(samples), whole=True)
-
-    def batch_that_reaches(self, samples: float) -> int:
-        """Returns the number, counted from 1, of the batch with which `samples` samples of this epoch are reached."""
-        if samples <= self._ends[-1]:
-            return self._first + sum(end < samples for end in self._ends)
-        return min(len(self), self.handed_out + self._to_come(min(self.samples, -int(-samples // 1)), whole=False))
 
     def position(self, batches: int) -> int:
         """Returns the samples of this epoch's first `batches` batches, of those this process knows."""
@@ -140,7 +144,7 @@ class ResizableBatchSampler(Sampler[list[int]]):
             while self._changes and self._changes[0][0] <= self.handed_out:
                 self.batch_size = self._changes.pop(0)[1]
                 self._sizes.append((self.handed_out, self.batch_size))
-                self.is_mixed = self.is_mixed or begin > 0
+                self._has_changed = self._has_changed or begin > 0
             batch = order[begin : begin + self.batch_size]
             if self.drop_last and len(batch) < self.batch_size:
                 break
@@ -196,7 +200,7 @@ class ResizableBatchSampler(Sampler[list[int]]):
             "position": self.position(batches),
             "batch_size": next(size for start, size in reversed(self._sizes) if start <= max(batches, self._first)),
             "changes": [list(change) for change in [*self._sizes, *self._changes] if change[0] > batches],
-            "is_mixed": self.is_mixed,
+            "has_changed": self._has_changed,
             "replay": replay,
             "generators": generators,
         }
@@ -205,7 +209,7 @@ class ResizableBatchSampler(Sampler[list[int]]):
         """Goes on with the epoch where `state_dict` was taken; the next iteration begins there."""
         self._forget_epoch()
         self.epoch = int(state["epoch"])
-        self.is_mixed = bool(state["is_mixed"])
+        self._has_changed = bool(state["has_changed"])
         self.batch_size = int(state["batch_size"])
         self._changes = [(int(start), int(size)) for start, size in state["changes"]]
         self._first = int(state["batches"])

@@ -1,4 +1,4 @@
-"""The resizable batch sampler: every sample once an epoch, a length that is true at any time, and going on mid-epoch."""
+"""The resizable batch sampler: every sample once an epoch, a length that is true at any time, a restart mid-epoch."""
 
 from __future__ import annotations
 
@@ -78,12 +78,10 @@ def test_the_length_holds_when_batches_are_taken_ahead() -> None:
 
 def test_where_samples_are_reached() -> None:
     sampler = ResizableBatchSampler(SequentialSampler(SAMPLES), 10)
-    assert [sampler.batch_that_reaches(share) for share in (0.5, 10, 10.5, 53)] == [1, 1, 2, 6]
     assert [sampler.batches_within(samples) for samples in (9, 10, 26.5, 53)] == [0, 1, 2, 5]
     taken = iter(sampler)
     next(taken), next(taken)
     sampler.resize(5)
-    assert [sampler.batch_that_reaches(share) for share in (10, 20, 21, 26, 53)] == [1, 2, 3, 4, 9]
     assert [sampler.batches_within(samples) for samples in (9, 10, 26.5, 53)] == [0, 1, 3, 8]
     assert [sampler.position(batches) for batches in (0, 1, 2)] == [0, 10, 20]
 

@@ -1,0 +1,298 @@
+"""How many samples one optimizer step sees: a number, a ramp over the run, or what the gradient's noise asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adaptrain.errors import ConfigurationError
+from adaptrain.policies.batch_size import Proposal
+
+
+class GlobalBatchSizePolicy:
+    """A policy of the global batch size; this one leaves it where it is."""
+
+    measures_noise = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that were given, by name: each must be a multiple of the ranks times the accumulated batches."""
+        return {}
+
+    def first(self, size: int) -> int:
+        """Returns the size to begin with, where the loader's is `size`."""
+        return size
+
+    def next(self, size: int, *, progress: float, unit: int) -> Proposal | None:
+        """Returns a change that is due, or None.
+
+        Args:
+            size: The size in force.
+            progress: The share of the run that is spent, in [0, 1].
+            unit: What a size must be a multiple of.
+        """
+        return None
+
+    def changed(self) -> None:
+        """Hears that what `next` returned was done."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as plain Python."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with a state."""
+
+
+@dataclass(frozen=True)
+class FixedGlobalBatchSize(GlobalBatchSizePolicy):
+    """One size for the whole run.
+
+    Args:
+        size: Samples.
+    """
+
+    size: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size."""
+        return {"global_batch_size": self.size}
+
+    def first(self, size: int) -> int:
+        """Returns the size."""
+        return self.size
+
+    def next(self, size: int, *, progress: float, unit: int) -> Proposal | None:
+        """Returns the way back to the size: a resumed run may have been given another one."""
+        if size == self.size:
+            return None
+        return Proposal(size, self.size, f"global_batch_size={self.size} was given.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSizeRamp(GlobalBatchSizePolicy):
+    """Doubles the global batch size step by step, evenly over the first part of the run.
+
+    Early steps need little averaging, late ones more: growing the batch does what decaying the learning rate would
+    (Smith et al. 2018, arXiv:1711.00489). With n doublings the i-th is due at `until`·i/n of the run, so that `end`
+    is reached at `until`. Where `end` is not `begin` times a power of two, the last change is smaller.
+
+    Args:
+        begin: Samples of one optimizer step, over all ranks, at the beginning.
+        end: The same at the end, at least `begin`.
+        until: The share of the run after which `end` is reached, in (0, 1].
+
+    Raises:
+        ConfigurationError: A value is out of its range.
+    """
+
+    begin: int
+    end: int
+    until: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_size("BatchSizeRamp: begin", self.begin)
+        _check_size("BatchSizeRamp: end", self.end)
+        if self.end < self.begin:
+            raise ConfigurationError(
+                f"BatchSizeRamp: end must be at least begin, got begin={self.begin} and end={self.end}."
+            )
+        if not (_is_number(self.until) and 0 < self.until <= 1):
+            raise ConfigurationError(f"BatchSizeRamp: until must be a share of the run in (0, 1], got {self.until!r}.")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Where it begins and ends: the sizes between are multiples of the first."""
+        return {"begin": self.begin, "end": self.end}
+
+    def first(self, size: int) -> int:
+        """Returns `begin`."""
+        return self.begin
+
+    def plan(self) -> list[tuple[float, int]]:
+        """Returns the changes in order: the share of the run at which each is due, and the size from then on."""
+        count = math.ceil(math.log2(self.end / self.begin))
+        return [(self.until * i / count, min(self.end, self.begin * 2**i)) for i in range(1, count + 1)]
+
+    def next(self, size: int, *, progress: float, unit: int) -> Proposal | None:
+        """Returns the change to the size that is due at `progress`."""
+        # Progress is a quotient of counts: a change due at exactly this step must not wait for the next.
+        due = [new for share, new in self.plan() if progress >= share - 1e-9]
+        new = due[-1] if due else self.begin
+        if new == size:
+            return None
+        reason = f"{progress:.0%} of the run are done: the ramp from {self.begin} to {self.end} samples is at {new}."
+        return Proposal(size, new, reason, {"progress": round(progress, 4)})
+
+
+@dataclass
+class NoiseScale:
+    """The simple noise scale tr(Σ)/|G|² from squared gradient norms at two batch sizes.
+
+    With Σ the covariance of one sample's gradient and G its mean, the gradient over B samples has the expected
+    squared norm |G|² + tr(Σ)/B. Two sizes give two equations; their solutions are unbiased, their quotient is not, so
+    both are averaged over steps before they are divided (McCandlish et al. 2018, arXiv:1812.06162, appendix A.1):
+
+        |G|² ≈ (B·|g_B|² − b·|g_b|²) / (B − b)        tr(Σ) ≈ (|g_b|² − |g_B|²) / (1/b − 1/B)
+
+    Args:
+        smoothing: The weight of the past in both moving averages, in [0, 1).
+    """
+
+    smoothing: float = 0.95
+    signal: float = 0.0
+    noise: float = 0.0
+    weight: float = 0.0
+    count: int = 0
+
+    def observe(self, *, small: float, small_squared_norm: float, big: float, big_squared_norm: float) -> None:
+        """Takes in one step's two squared norms.
+
+        Args:
+            small: The fewer samples b; the mean gradient over them has the squared norm `small_squared_norm`.
+            small_squared_norm: |g_b|².
+            big: The more samples B.
+            big_squared_norm: |g_B|².
+        """
+        signal = (big * big_squared_norm - small * small_squared_norm) / (big - small)
+        noise = (small_squared_norm - big_squared_norm) / (1 / small - 1 / big)
+        if not (math.isfinite(signal) and math.isfinite(noise)):
+            return
+        self.signal += (1 - self.smoothing) * (signal - self.signal)
+        self.noise += (1 - self.smoothing) * (noise - self.noise)
+        self.weight += (1 - self.smoothing) * (1 - self.weight)
+        self.count += 1
+
+    @property
+    def value(self) -> float | None:
+        """The noise scale in samples; infinite where no signal is left; None where nothing was measured."""
+        if not self.count or self.noise <= 0:
+            return 0.0 if self.count else None
+        return self.noise / self.signal if self.signal > 0 else math.inf
+
+
+class GradientNoiseScale(GlobalBatchSizePolicy):
+    """Makes the global batch as large as the gradient's noise is worth averaging: near tr(Σ)/|G|² samples.
+
+    Below that noise scale twice the samples take about half the steps; above it they buy little (McCandlish et al.
+    2018, arXiv:1812.06162). It is measured from the micro-batches there are: the gradient after the first one
+    against that after the last, or the ranks' own gradients against their average. A step in one micro-batch on one
+    rank measures nothing: give a `micro_batch_size` below the batch there.
+
+    Every `every` measured steps the size may double, where the noise scale is above √2 times the size, or halve, where
+    it is below √2/4 of it: each time it must be nearer to the new size by a half of the way, so that it does not swing.
+    Micro-batches sorted by length are no random sample of the batch: with `split_by="tokens"` the noise scale measured
+    on one rank is that of its longest texts. Use `split_by="samples"` where lengths differ much.
+
+    Args:
+        maximum: The most samples of one optimizer step, over all ranks.
+        minimum: The fewest; None: the loader's.
+        every: Measured steps between two changes, and before the first.
+        smoothing: The weight of the past in the moving averages over measured steps, in [0, 1).
+
+    Raises:
+        ConfigurationError: A value is out of its range.
+    """
+
+    measures_noise = True
+
+    def __init__(self, *, maximum: int, minimum: int | None = None, every: int = 50, smoothing: float = 0.95) -> None:
+        _check_size("GradientNoiseScale: maximum", maximum)
+        if minimum is not None:
+            _check_size("GradientNoiseScale: minimum", minimum)
+            if minimum > maximum:
+                raise ConfigurationError(
+                    f"GradientNoiseScale: maximum must be at least minimum, got minimum={minimum}, maximum={maximum}."
+                )
+        _check_size("GradientNoiseScale: every", every, what="steps")
+        if not (_is_number(smoothing) and 0 <= smoothing < 1):
+            raise ConfigurationError(f"GradientNoiseScale: smoothing must be in [0, 1), got {smoothing!r}.")
+        self.maximum = maximum
+        self.minimum = minimum
+        self.every = every
+        self.smoothing = smoothing
+        self.scale = NoiseScale(smoothing)
+        self._least: int | None = minimum
+        self._quiet = 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bounds that were given."""
+        return {"maximum": self.maximum} | ({} if self.minimum is None else {"minimum": self.minimum})
+
+    def first(self, size: int) -> int:
+        """Returns the loader's size, within the bounds."""
+        if self._least is None:
+            self._least = min(size, self.maximum)
+        return min(self.maximum, max(self._least, size))
+
+    def observe(self, *, small: float, small_squared_norm: float, big: float, big_squared_norm: float) -> None:
+        """Takes in one step's squared gradient norms; see `NoiseScale.observe`."""
+        self.scale.observe(
+            small=small, small_squared_norm=small_squared_norm, big=big, big_squared_norm=big_squared_norm
+        )
+        self._quiet += 1
+
+    def next(self, size: int, *, progress: float, unit: int) -> Proposal | None:
+        """Returns a doubling or halving that the noise scale asks for, or the way back into the bounds."""
+        least = self._least if self._least is not None else size
+        new = min(self.maximum, max(least, size))
+        reason = f"{size} samples are outside of the bounds {least} to {self.maximum}."
+        value = self.scale.value
+        if new == size:
+            if value is None or self._quiet < self.every:
+                return None
+            if value > math.sqrt(2) * size:
+                new = min(self.maximum, 2 * size)
+            elif value < math.sqrt(2) / 4 * size and size // 2 >= least and not (size // 2) % unit:
+                new = size // 2
+            if new == size:
+                return None
+            shown = "beyond measure" if math.isinf(value) else f"{value:.3g} samples"
+            reason = f"The gradient noise scale is {shown}, {'above' if new > size else 'below'} the {size} of a step."
+        readings = {"noise_trace": self.scale.noise, "squared_gradient": self.scale.signal}
+        if value is not None and math.isfinite(value):
+            readings["noise_scale"] = value
+        return Proposal(size, new, reason, readings)
+
+    def changed(self) -> None:
+        """Waits for `every` measured steps again."""
+        self._quiet = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the averages and how long ago the size changed."""
+        return {"scale": vars(self.scale).copy(), "least": self._least, "quiet": self._quiet}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with them; arguments stay those given now."""
+        self.scale = NoiseScale(**(dict(state["scale"]) | {"smoothing": self.smoothing}))
+        self._least = self.minimum if self.minimum is not None else state["least"]
+        self._quiet = int(state["quiet"])
+
+
+def global_batch_size_policy(value: Any) -> GlobalBatchSizePolicy | None:
+    """Returns the policy for the argument `global_batch_size`: None, a number of samples, or a policy itself.
+
+    Raises:
+        ConfigurationError: It is none of these.
+    """
+    if value is None or isinstance(value, GlobalBatchSizePolicy):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(
+            "global_batch_size must be None (the loader's), a whole number of samples of at least 1, BatchSizeRamp(...)"
+            f" or GradientNoiseScale(...), got {value!r}."
+        )
+    return FixedGlobalBatchSize(value)
+
+
+def _check_size(name: str, value: Any, *, what: str = "samples") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name} must be a whole number of {what} of at least 1, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
