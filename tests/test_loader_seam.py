@@ -86,7 +86,9 @@ class Resize(_lightning.Callback):
         self.undo()
 
 
-def fit(root: Path, changes: dict[int, int], *, namespace: Any = pytorch_lightning, loader: Any = None, **settings: Any):
+def fit(
+    root: Path, changes: dict[int, int], *, namespace: Any = pytorch_lightning, loader: Any = None, **settings: Any
+):
     module: Any = Recorder() if namespace is pytorch_lightning else RecorderLightning()
     callback = Resize(changes)
     trainer = quiet_trainer(root, namespace=namespace, callbacks=[callback], **({"max_epochs": 3} | settings))
@@ -228,7 +230,10 @@ class OwnIteration(DataLoader):
 @pytest.mark.parametrize(
     ("loader", "reason"),
     [
-        (lambda: DataLoader(Numbers(), batch_sampler=BatchSampler(RandomSampler(range(53)), 4, False)), "its own Batch"),
+        (
+            lambda: DataLoader(Numbers(), batch_sampler=BatchSampler(RandomSampler(range(53)), 4, False)),
+            "its own Batch",
+        ),
         (lambda: DataLoader(Numbers(), batch_size=None), "no batch_size"),
         (lambda: DataLoader(Stream(), batch_size=4), "IterableDataset"),
         (lambda: [torch.zeros(3)] * 2, "not several at once|is a Tensor"),

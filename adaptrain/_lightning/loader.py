@@ -200,9 +200,11 @@ class ResizableLoader:
         """After `setup_data`, which Lightning calls at the beginning of a run and of each epoch."""
         if self._sampler is None or self._fit_loop._combined_loader is None:
             return
-        # Lightning restores loaders only where nothing has asked for the number of batches before the loops were.
-        if self._fit_loop._combined_loader_states_to_load:
-            self._fit_loop._load_combined_loader_states()
+        # Lightning restores a loader only in the middle of an epoch (between epochs a generator is to go on as well),
+        # and only where nothing has asked for the number of batches before the loops were restored.
+        if states := self._fit_loop._combined_loader_states_to_load:
+            self._fit_loop._combined_loader._load_state_dicts(states)
+            self._fit_loop._combined_loader_states_to_load = []
         epoch = self._fit_loop.epoch_progress.current.processed
         if self._sampler.epoch != epoch:
             self._sampler.start(epoch)

@@ -117,7 +117,7 @@ class BatchSizeController(AdaptiveCallback):
         self._engine: MicroBatching | None = None
 
     def check(self, trainer: Any, pl_module: Any) -> None:
-        """Refuses what the seams cannot serve; takes over the training loader where the global batch size is to change."""
+        """Refuses what the seams cannot serve; takes over the training loader before anything asks for its length."""
         _lightning.refuse_unsupported(trainer, pl_module, callback=type(self).__name__)
         if self._global is not None and (undo := self._global.setup(trainer)) is not None:
             self.on_exit(undo)

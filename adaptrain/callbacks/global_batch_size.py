@@ -41,6 +41,7 @@ class GlobalBatchSize:
         self._unit = 1
         self._size = 0
         self._pending: tuple[int, Proposal] | None = None
+        self._is_loaded = False
 
     def setup(self, trainer: Any) -> Callable[[], None] | None:
         """Takes over the training loader, before anything asks for its length.
@@ -63,7 +64,7 @@ class GlobalBatchSize:
                 fix = f"{below} or {above}" if below else f"{above}"
                 raise ConfigurationError(
                     f"{self._callback}: {name}={size} samples of one step must be a multiple of"
-                    f" {self._unit}: {trainer.world_size} ranks × accumulate_grad_batches="
+                    f" {self._unit}: {trainer.world_size} ranks times accumulate_grad_batches="
                     f"{trainer.accumulate_grad_batches}. Use {fix}."
                 )
         if self._dry_run:
@@ -80,11 +81,14 @@ class GlobalBatchSize:
         """Records the size that training begins with, where it is not the loader's. A resumed run goes on."""
         if self._seam is None:
             loaders = loader_batch_size(trainer.train_dataloader, callback=self._callback) * self._unit
-            first = self._size or self._policy.first(loaders)
+            first = self._policy.first(loaders)
         else:
             loaders, first = self._seam.loaders_size * self._unit, self._seam.sampler.batch_size * self._unit
-        self._size = first
-        if not trainer.global_step and first != loaders:
+        if self._is_loaded:
+            self._is_loaded = False
+            return
+        self._size, self._pending = first, None
+        if first != loaders:
             reason = f"Training begins with {first} samples per optimizer step in place of the loader's {loaders}."
             self._record(trainer, Proposal(loaders, first, reason), False)
 
@@ -137,6 +141,7 @@ class GlobalBatchSize:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on with them; where batches are grouped is in the loader's own state."""
+        self._is_loaded = True
         self._policy.load_state_dict(state["policy"])
         self._size = int(state["size"])
         self._pending = (state["pending"][0], Proposal(**state["pending"][1])) if state["pending"] else None

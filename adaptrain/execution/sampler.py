@@ -199,7 +199,7 @@ class ResizableBatchSampler(Sampler[list[int]]):
             "batches": max(batches, self._first),
             "position": self.position(batches),
             "batch_size": next(size for start, size in reversed(self._sizes) if start <= max(batches, self._first)),
-            "changes": [list(change) for change in [*self._sizes, *self._changes] if change[0] > batches],
+            "changes": [*([start, size] for start, size in self._sizes if start > batches), *map(list, self._changes)],
             "has_changed": self._has_changed,
             "replay": replay,
             "generators": generators,

@@ -268,7 +268,8 @@ class GradientNoiseScale(GlobalBatchSizePolicy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on with them; arguments stay those given now."""
-        self.scale = NoiseScale(**(dict(state["scale"]) | {"smoothing": self.smoothing}))
+        self.scale = NoiseScale(**state["scale"])
+        self.scale.smoothing = self.smoothing
         self._least = self.minimum if self.minimum is not None else state["least"]
         self._quiet = int(state["quiet"])
 

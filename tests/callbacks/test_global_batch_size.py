@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning.pytorch
 import pytest
-import pytorch_lightning
 import pytorch_lightning as pl
 import torch
 import torch.multiprocessing as mp
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader
 from adaptrain import BatchSizeController, BatchSizeRamp, ConfigurationError, LearningRateController, RandomState
 from adaptrain.callbacks.base import decision_log
 from adaptrain.nlp.loader import ResumableLoader, ShuffledSampler
-from tests.toys import TextModule, quiet_trainer, text_loader, text_samples, tiny_bert, weights
+from tests.toys import TextModule, quiet_trainer, text_samples, tiny_bert, weights
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = 54
@@ -111,7 +110,7 @@ def test_a_ramp_doubles_and_the_learning_rate_follows(workers: int, tmp_path: Pa
         samples = [sum(sizes[: decision.step]) / (4 * SAMPLES) for decision in made[1:]]
         assert samples == pytest.approx([0.167, 0.333, 0.5], abs=0.06)
     assert rate.factors["batch"] == pytest.approx((20 / 3) ** 0.5, rel=0.5)
-    assert rate.factors["batch"] > 1.5
+    assert rate.factors["batch"] > 1.4
 
 
 def test_the_default_leaves_the_loader_alone(tmp_path: Path) -> None:
@@ -148,7 +147,7 @@ def test_it_is_logged_and_validation_is_at_the_end(tmp_path: Path) -> None:
     assert trainer.callback_metrics["adaptrain/global_batch_size"] == 12
 
 
-@pytest.mark.parametrize("namespace", [pytorch_lightning, lightning.pytorch], ids=["pl", "lightning"])
+@pytest.mark.parametrize("namespace", [pl, lightning.pytorch], ids=["pl", "lightning"])
 def test_both_namespaces(namespace: Any, tmp_path: Path) -> None:
     class Module(namespace.LightningModule):
         def __init__(self) -> None:
@@ -214,7 +213,7 @@ def fit_resumable(
 ) -> dict[str, Any]:
     torch.manual_seed(3 if not resume else 55)
     module = Numbered(dropout=0.1)
-    ramp = BatchSizeRamp(begin=4 * accumulate, end=16 * accumulate, until=0.7)
+    ramp = BatchSizeRamp(begin=4 * accumulate, end=16 * accumulate, until=0.5)
     checkpoints = ModelCheckpoint(dirpath=folder, save_top_k=0, save_last=True, every_n_train_steps=1)
     callbacks: list[Any] = [RandomState(), BatchSizeController(micro_batch_size=4, global_batch_size=ramp), checkpoints]
     if kill_at is not None:
@@ -258,11 +257,10 @@ def test_killed_in_the_middle_of_an_epoch_it_goes_on_with_the_remaining_samples(
     assert resumed["losses"] == whole["losses"][-rest:]
     assert resumed["weights"] == whole["weights"]
     assert resumed["step"] == whole["step"]
-    assert [(d["step"], d["new"]) for d in resumed["decisions"]] == [
-        (d["step"], d["new"]) for d in whole["decisions"]
-    ]
+    assert [(d["step"], d["new"]) for d in resumed["decisions"]] == [(d["step"], d["new"]) for d in whole["decisions"]]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_resumed_at_the_end_of_an_epoch(tmp_path: Path) -> None:
     def run(folder: Path, epochs: int, ckpt: Path | None = None) -> Numbered:
         torch.manual_seed(1 if ckpt is None else 2)
@@ -282,8 +280,9 @@ def test_resumed_at_the_end_of_an_epoch(tmp_path: Path) -> None:
     assert torch.equal(weights(resumed), weights(whole))
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_checkpoints_without_it_are_refused(tmp_path: Path) -> None:
-    saved = ModelCheckpoint(dirpath=tmp_path, save_last=True, save_top_k=0)
+    saved = ModelCheckpoint(dirpath=tmp_path, save_last=True, save_top_k=0, every_n_train_steps=2)
     trainer = quiet_trainer(tmp_path, callbacks=[saved], enable_checkpointing=True)
     trainer.fit(Numbered(), resumable("adaptrain", 0))
     again = quiet_trainer(tmp_path, callbacks=[BatchSizeController(global_batch_size=12)], max_epochs=2)

@@ -152,6 +152,11 @@ def test_a_change_still_to_come_survives_a_restart() -> None:
     fresh.load_state_dict(state)
     assert len(fresh) == len(sampler)
     assert list(fresh) == ahead[3:] + list(taken)
+    taken_none_ahead = ResizableBatchSampler(SequentialSampler(SAMPLES), 4)
+    next(iter(taken_none_ahead))
+    taken_none_ahead.resize(8)
+    fresh.load_state_dict(taken_none_ahead.state_dict(1))
+    assert [len(batch) for batch in fresh] == [8] * 6 + [1]
     # The same where the change itself was already handed out.
     fresh.load_state_dict(sampler.state_dict(3))
     assert [len(batch) for batch in fresh] == [4, 4, 4, 8, 8, 8, 5]
