@@ -143,6 +143,7 @@ class BatchSizeController(AdaptiveCallback):
             by_length=self.split_by == "tokens",
             weight_by=self.weight_by,
             split=self.split,
+            measure_noise=self._global is not None and self._global.measures_noise,
             dry_run=self.dry_run,
         )
         self.on_exit(self._let_go)
@@ -179,7 +180,7 @@ class BatchSizeController(AdaptiveCallback):
         if self._global is not None:
             if trainer.loggers and not self.dry_run:
                 pl_module.log("adaptrain/global_batch_size", float(self._global.size))
-            self._global.batch_end(trainer)
+            self._global.batch_end(trainer, self._engine.noise)
 
     def _record_global(self, trainer: Any, proposal: Proposal, offer: bool) -> None:
         self.record(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from adaptrain import _lightning
 from adaptrain._lightning.loader import ResizableLoader, loader_batch_size
 from adaptrain.errors import ConfigurationError
+from adaptrain.execution.noise import NoiseSample
 from adaptrain.policies.batch_size import Proposal
-from adaptrain.policies.global_batch_size import GlobalBatchSizePolicy
+from adaptrain.policies.global_batch_size import GlobalBatchSizePolicy, GradientNoiseScale
+
+_SILENT = 100  # batches without a measurement before a warning
 
 
 class GlobalBatchSize:
@@ -42,6 +46,7 @@ class GlobalBatchSize:
         self._size = 0
         self._pending: tuple[int, Proposal] | None = None
         self._is_loaded = False
+        self._unmeasured = 0
 
     def setup(self, trainer: Any) -> Callable[[], None] | None:
         """Takes over the training loader, before anything asks for its length.
@@ -102,8 +107,20 @@ class GlobalBatchSize:
         if self._pending is not None:
             self._apply(trainer)
 
-    def batch_end(self, trainer: Any) -> None:
-        """Asks the policy where the optimizer has stepped, and records a change that is next."""
+    @property
+    def measures_noise(self) -> bool:
+        """Whether the policy wants gradient norms."""
+        return isinstance(self._policy, GradientNoiseScale)
+
+    def batch_end(self, trainer: Any, noise: NoiseSample | None = None) -> None:
+        """Asks the policy where the optimizer has stepped, and records a change that is next.
+
+        Args:
+            trainer: The trainer, in `on_train_batch_end`.
+            noise: The step's gradient norms, where they could be taken.
+        """
+        if isinstance(self._policy, GradientNoiseScale):
+            self._observe(self._policy, trainer, noise)
         if self._seam is not None:
             self._seam.batch_done()
         if not _lightning.at_step_boundary(trainer):
@@ -112,6 +129,25 @@ class GlobalBatchSize:
             self._ask(trainer)
         if self._pending is not None and (self._seam is None or self._seam.trained >= self._pending[0]):
             self._apply(trainer)
+
+    def _observe(self, policy: GradientNoiseScale, trainer: Any, noise: NoiseSample | None) -> None:
+        if noise is not None:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            # What Lightning's loss was divided by, and a scaler's factor, are no part of the gradient.
+            factor = trainer.accumulate_grad_batches / (scaler.get_scale() if scaler is not None else 1.0)
+            policy.observe(
+                small=noise.small,
+                small_squared_norm=noise.small_squared_norm * factor**2,
+                big=noise.big,
+                big_squared_norm=noise.big_squared_norm * factor**2,
+            )
+        self._unmeasured = 0 if noise is not None else self._unmeasured + 1
+        if self._unmeasured == _SILENT and not self._dry_run:
+            warnings.warn(
+                f"GradientNoiseScale could measure nothing in the last {_SILENT} batches: each ran in one micro-batch"
+                " on one rank. Give BatchSizeController a micro_batch_size below the loader's batch size.",
+                stacklevel=2,
+            )
 
     def _ask(self, trainer: Any) -> None:
         proposal = self._policy.next(self._size, progress=_lightning.progress(trainer), unit=self._unit)

@@ -14,8 +14,6 @@ from adaptrain.policies.batch_size import Proposal
 class GlobalBatchSizePolicy:
     """A policy of the global batch size; this one leaves it where it is."""
 
-    measures_noise = False
-
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes that were given, by name: each must be a multiple of the ranks times the accumulated batches."""
@@ -143,10 +141,9 @@ class NoiseScale:
     """
 
     smoothing: float = 0.95
-    signal: float = 0.0
-    noise: float = 0.0
+    signal_sum: float = 0.0
+    noise_sum: float = 0.0
     weight: float = 0.0
-    count: int = 0
 
     def observe(self, *, small: float, small_squared_norm: float, big: float, big_squared_norm: float) -> None:
         """Takes in one step's two squared norms.
@@ -161,16 +158,27 @@ class NoiseScale:
         noise = (small_squared_norm - big_squared_norm) / (1 / small - 1 / big)
         if not (math.isfinite(signal) and math.isfinite(noise)):
             return
-        self.signal += (1 - self.smoothing) * (signal - self.signal)
-        self.noise += (1 - self.smoothing) * (noise - self.noise)
+        self.signal_sum += (1 - self.smoothing) * (signal - self.signal_sum)
+        self.noise_sum += (1 - self.smoothing) * (noise - self.noise_sum)
         self.weight += (1 - self.smoothing) * (1 - self.weight)
-        self.count += 1
+
+    @property
+    def signal(self) -> float:
+        """The average of |G|²; it may be negative where noise hides it."""
+        return self.signal_sum / self.weight if self.weight else 0.0
+
+    @property
+    def noise(self) -> float:
+        """The average of tr(Σ)."""
+        return self.noise_sum / self.weight if self.weight else 0.0
 
     @property
     def value(self) -> float | None:
         """The noise scale in samples; infinite where no signal is left; None where nothing was measured."""
-        if not self.count or self.noise <= 0:
-            return 0.0 if self.count else None
+        if not self.weight:
+            return None
+        if self.noise <= 0:
+            return 0.0
         return self.noise / self.signal if self.signal > 0 else math.inf
 
 
@@ -183,9 +191,11 @@ class GradientNoiseScale(GlobalBatchSizePolicy):
     rank measures nothing: give a `micro_batch_size` below the batch there.
 
     Every `every` measured steps the size may double, where the noise scale is above √2 times the size, or halve, where
-    it is below √2/4 of it: each time it must be nearer to the new size by a half of the way, so that it does not swing.
-    Micro-batches sorted by length are no random sample of the batch: with `split_by="tokens"` the noise scale measured
-    on one rank is that of its longest texts. Use `split_by="samples"` where lengths differ much.
+    it is below √2/4 of it; between the two, a factor of 4 apart, it stays, so that it does not swing. A dry run
+    measures nothing: it runs no micro-batches.
+
+    Micro-batches sorted by length are no random sample of the batch: with `split_by="tokens"` the small gradient on one
+    rank is that of the longest texts. Use `split_by="samples"` where lengths differ much.
 
     Args:
         maximum: The most samples of one optimizer step, over all ranks.
@@ -196,8 +206,6 @@ class GradientNoiseScale(GlobalBatchSizePolicy):
     Raises:
         ConfigurationError: A value is out of its range.
     """
-
-    measures_noise = True
 
     def __init__(self, *, maximum: int, minimum: int | None = None, every: int = 50, smoothing: float = 0.95) -> None:
         _check_size("GradientNoiseScale: maximum", maximum)

@@ -21,7 +21,14 @@ import torch.multiprocessing as mp
 from pytorch_lightning.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from adaptrain import BatchSizeController, BatchSizeRamp, ConfigurationError, LearningRateController, RandomState
+from adaptrain import (
+    BatchSizeController,
+    BatchSizeRamp,
+    ConfigurationError,
+    GradientNoiseScale,
+    LearningRateController,
+    RandomState,
+)
 from adaptrain.callbacks.base import decision_log
 from adaptrain.nlp.loader import ResumableLoader, ShuffledSampler
 from tests.toys import TextModule, quiet_trainer, text_samples, tiny_bert, weights
@@ -187,6 +194,91 @@ def test_sizes_that_cannot_be_divided(size: Any, settings: dict[str, Any], messa
     assert not module.seen
 
 
+# The gradient's noise ------------------------------------------------------------------------------------------------
+
+
+class KnownNoise(pl.LightningModule):
+    """The loss is linear in the weights: a sample's gradient is the sample itself, and the weights never move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Parameter(torch.zeros(30, dtype=torch.float64))
+        self.second = torch.nn.Parameter(torch.zeros(20, dtype=torch.float64))
+        self.rows: list[int] = []
+
+    def training_step(self, batch, batch_idx):
+        self.rows.append(len(batch))
+        return (batch @ torch.cat([self.first, self.second])).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def known_noise(scale: float, count: int = 4096) -> tuple[torch.Tensor, float]:
+    """Samples whose noise scale tr(Σ)/|G|² is about `scale`; and what it is exactly in these samples."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(50, generator=generator, dtype=torch.float64)
+    noise = torch.randn(count, 50, generator=generator, dtype=torch.float64)
+    samples = mean + noise * (scale * mean.square().sum() / 50).sqrt()
+    return samples, float(samples.var(0).sum() / samples.mean(0).square().sum())
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 4}], ids=["plain", "accumulated"])
+def test_the_noise_scale_is_measured_from_micro_batches(settings: dict[str, Any], tmp_path: Path) -> None:
+    samples, truth = known_noise(64.0)
+    policy = GradientNoiseScale(maximum=32, minimum=32, every=10, smoothing=0.995)
+    controller = BatchSizeController(micro_batch_size=4, global_batch_size=policy)
+    trainer = quiet_trainer(tmp_path, callbacks=[controller], max_epochs=8, **settings)
+    loader = DataLoader(samples, batch_size=32, shuffle=True)  # type: ignore[arg-type]
+    trainer.fit(KnownNoise(), loader)
+    assert policy.scale.value == pytest.approx(truth, rel=0.25)
+    assert policy.scale.noise == pytest.approx(float(samples.var(0).sum()), rel=0.1)
+
+
+def test_the_batch_grows_to_the_noise_and_no_further(tmp_path: Path) -> None:
+    samples, truth = known_noise(64.0)
+    policy = GradientNoiseScale(maximum=1024, minimum=8, every=40, smoothing=0.98)
+    controller = BatchSizeController(micro_batch_size=4, global_batch_size=policy)
+    rate = LearningRateController(align=False, cap=False, plateau=False, recover=False, guard=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[controller, rate], max_epochs=4)
+    module = KnownNoise()
+    trainer.fit(module, DataLoader(samples, batch_size=8, shuffle=True))  # type: ignore[arg-type]
+    assert sum(module.rows) == 4 * len(samples)
+    made = decisions(trainer)
+    assert [(d.old, d.new) for d in made[:2]] == [(8, 16), (16, 32)]
+    assert 32 <= made[-1].new <= 128
+    assert made[-1].readings["noise_scale"] == pytest.approx(truth, rel=0.8)
+    assert "noise scale" in made[-1].reason
+    assert rate.factors["batch"] > 1.5
+
+
+def test_where_nothing_can_be_measured_it_says_so(tmp_path: Path) -> None:
+    samples, _ = known_noise(64.0, count=1000)
+    controller = BatchSizeController(micro_batch_size=64, global_batch_size=GradientNoiseScale(maximum=64))
+    trainer = quiet_trainer(tmp_path, callbacks=[controller])
+    with pytest.warns(UserWarning, match="could measure nothing"):
+        trainer.fit(KnownNoise(), DataLoader(samples, batch_size=8))  # type: ignore[arg-type]
+    assert not decisions(trainer)
+
+
+def test_an_error_and_a_replay_leave_the_measurement_right(tmp_path: Path) -> None:
+    class RunsOut(KnownNoise):
+        def training_step(self, batch, batch_idx):
+            if len(batch) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().training_step(batch, batch_idx)
+
+    def measured(module: KnownNoise, size: int) -> dict[str, Any]:
+        samples, _ = known_noise(64.0, count=256)
+        policy = GradientNoiseScale(maximum=32, minimum=32)
+        controller = BatchSizeController(micro_batch_size=size, global_batch_size=policy)
+        trainer = quiet_trainer(tmp_path, callbacks=[controller])
+        trainer.fit(module, DataLoader(samples, batch_size=32))  # type: ignore[arg-type]
+        return policy.state_dict()["scale"]
+
+    assert measured(RunsOut(), 16) == pytest.approx(measured(KnownNoise(), 4))
+
+
 # Killed and resumed --------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +409,17 @@ def worker(rank: int, folder: str, port: int) -> None:
     controller = BatchSizeController(micro_batch_size=3, global_batch_size=ramp)
     trainer = quiet_trainer(Path(folder), strategy="ddp", devices=2, callbacks=[controller], max_epochs=3)
     trainer.fit(module, DataLoader(numbered(), batch_size=8, shuffle=True))  # type: ignore[arg-type]
+    noisy, truth = known_noise(64.0)
+    policy = GradientNoiseScale(maximum=32, minimum=32, smoothing=0.99)
+    measuring = quiet_trainer(
+        Path(folder),
+        strategy="ddp",
+        devices=2,
+        callbacks=[BatchSizeController(micro_batch_size=16, global_batch_size=policy)],
+        max_epochs=4,
+        accumulate_grad_batches=2,
+    )
+    measuring.fit(KnownNoise(), DataLoader(noisy, batch_size=8, shuffle=True))  # type: ignore[arg-type]
     odd = quiet_trainer(
         Path(folder), strategy="ddp", devices=2, callbacks=[BatchSizeController(global_batch_size=9)], max_epochs=1
     )
@@ -329,6 +432,8 @@ def worker(rank: int, folder: str, port: int) -> None:
         "weights": weights(module),
         "seen": module.seen,
         "refused": refused,
+        "noise": policy.scale.value,
+        "truth": truth,
         "decisions": [(d.step, d.old, d.new) for d in decisions(trainer)],
     }
     torch.save(result, Path(folder) / f"rank{rank}.pt")
@@ -353,6 +458,8 @@ def test_two_ranks_agree_and_share_every_sample(tmp_path: Path) -> None:
         both = [n for rank in (first, second) for e, numbers in rank["seen"] if e == epoch for n in numbers]
         assert sorted(both) == list(range(SAMPLES))
     assert "2 ranks" in first["refused"]
+    assert first["noise"] == second["noise"]
+    assert first["noise"] == pytest.approx(first["truth"], rel=0.35)
 
 
 def main() -> None:
