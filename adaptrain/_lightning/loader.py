@@ -7,54 +7,16 @@ resizable batch sampler in its place, after Lightning has put in its distributed
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
-
+from adaptrain._lightning.replaced_loader import loader_batch_size, replaced_loader
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.sampler import ResizableBatchSampler
 
 _SEAMS: WeakKeyDictionary[Any, ResizableLoader] = WeakKeyDictionary()
-
-
-def loader_batch_size(loader: Any, *, callback: str) -> int:
-    """Returns the batch size of a training loader that can be resized.
-
-    Args:
-        loader: What the user gave as training loader.
-        callback: The callback's class name, for the message.
-
-    Raises:
-        ConfigurationError: It cannot be resized.
-    """
-    fix = "Use a torch DataLoader with batch_size=..., or leave global_batch_size=None."
-    if not isinstance(loader, DataLoader):
-        raise ConfigurationError(
-            f"{callback}: global_batch_size needs a torch DataLoader, but the training loader is a"
-            f" {type(loader).__name__}. {fix}"
-        )
-    if isinstance(loader.dataset, IterableDataset):
-        raise ConfigurationError(
-            f"{callback}: global_batch_size does not serve an IterableDataset ({type(loader.dataset).__name__}): its"
-            " samples come without an order that could be grouped anew. Use a map-style data set, or leave"
-            " global_batch_size=None."
-        )
-    if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
-        own = "no batch_size" if loader.batch_sampler is None else f"its own {type(loader.batch_sampler).__name__}"
-        raise ConfigurationError(
-            f"{callback}: global_batch_size would replace the batches of the training loader, which has {own}. {fix}"
-        )
-    own_iteration = type(loader).__iter__ is not DataLoader.__iter__ or hasattr(loader, "state_dict")
-    if own_iteration and not getattr(loader, "order_is_samplers", False):
-        raise ConfigurationError(
-            f"{callback}: global_batch_size would replace how {type(loader).__name__} iterates or resumes. {fix}"
-        )
-    return loader.batch_size
 
 
 def share_of_data(trainer: Any) -> float | None:
@@ -154,7 +116,7 @@ class ResizableLoader:
         sampler = ResizableBatchSampler(loader.sampler, size, loader.drop_last, generators=list(generators.values()))
         sampler.start(self._fit_loop.epoch_progress.current.processed)
         self._sampler = sampler
-        return _replaced(loader, sampler, self)
+        return replaced_loader(loader, sampler, self)
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
@@ -186,8 +148,8 @@ class ResizableLoader:
         every = int(trainer.accumulate_grad_batches)
         with self.sampler.trying():
             self.sampler.resize(size, every=every)
-            ends_here = self._batches() <= trained
-        if self._fit_loop.epoch_loop.batch_progress.is_last_batch or any(self._gather(ends_here)):
+            ends_here = self._batches() <= trained or self._fit_loop.epoch_loop.batch_progress.is_last_batch
+        if any(self._gather(bool(ends_here))):
             return None
         if not self.sampler.is_mixed and trainer.val_check_batch:
             self._validations, left = divmod(trained, trainer.val_check_batch)
@@ -232,6 +194,7 @@ class ResizableLoader:
         if combined._iterator is not None:
             combined._iterator.limits = [batches]
         fit_loop._data_fetcher.length = fit_loop.max_batches = batches
+        _show_total(trainer, batches)
         interval = trainer.val_check_interval
         if trainer.val_check_batch is None:  # by time
             return
@@ -243,7 +206,6 @@ class ResizableLoader:
             trainer.val_check_batch = self._next_validation(interval, batches)
             self._is_due = trainer.val_check_batch == self.trained
             self._validations += self._is_due
-        _show_total(trainer, batches)
 
     def _next_validation(self, interval: float, batches: int) -> int:
         """Returns the batch with which the next of the epoch's 1/interval validations comes, by samples."""
@@ -306,39 +268,6 @@ class ResizableLoader:
             )
         self._validations = int(state["validations"])
         self.sampler.load_state_dict(ranks[self._trainer.global_rank])
-
-
-class _Resizable(DataLoader[Any]):
-    """What a replaced loader does differently: it starts with the first batch, and keeps its place through the seam."""
-
-    _seam: ResizableLoader
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # As a generator: only with the first batch have Lightning's loops set the epoch and restored their state, and
-        # workers would take batches at once.
-        random_state = torch.get_rng_state(), self.generator and self.generator.get_state()
-        batches = DataLoader.__iter__(self)
-        if self._seam.sampler.is_resumed:
-            # Starting draws a number, which the uninterrupted run did not in the middle of the epoch.
-            torch.set_rng_state(random_state[0])
-            if self.generator is not None:
-                self.generator.set_state(random_state[1])
-        yield from batches
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._seam.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seam.load_state_dict(state)
-
-
-def _replaced(loader: DataLoader[Any], sampler: ResizableBatchSampler, seam: ResizableLoader) -> DataLoader[Any]:
-    """A copy of the loader, of its class, with another batch sampler; the user's own is left alone."""
-    replaced = copy.copy(loader)
-    # Torch forbids setting these on a loader that is in use; this one is not yet.
-    vars(replaced).update(batch_sampler=sampler, _iterator=None, _seam=seam)
-    replaced.__class__ = type(type(loader).__name__, (_Resizable, type(loader)), {})
-    return replaced
 
 
 def _show_total(trainer: Any, batches: int) -> None:

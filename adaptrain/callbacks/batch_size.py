@@ -63,7 +63,8 @@ class BatchSizeController(AdaptiveCallback):
             number; or a policy: `BatchSizeRamp(...)`, `GradientNoiseScale(...)`. The loader's samples are then grouped
             anew, also in the middle of an epoch, each once an epoch. An integer `limit_train_batches` or
             `val_check_interval` keeps counting batches; a share of an epoch goes by samples. Changes are recorded and
-            heard by `LearningRateController`; the size that training begins with is what the given rate belongs to.
+            heard by `LearningRateController`; the size that training begins with is what the given rate belongs to. A
+            schedule made for a number of steps does not know of later changes: let it go by epochs or by progress.
         dry_run: Record what would be proposed first, change nothing.
         name: Tells two of them apart in a checkpoint.
 

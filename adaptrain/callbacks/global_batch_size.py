@@ -11,7 +11,8 @@ from adaptrain._lightning.loader import ResizableLoader, loader_batch_size
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.noise import NoiseSample
 from adaptrain.policies.batch_size import Proposal
-from adaptrain.policies.global_batch_size import GlobalBatchSizePolicy, GradientNoiseScale
+from adaptrain.policies.global_batch_size import GlobalBatchSizePolicy
+from adaptrain.policies.noise_scale import GradientNoiseScale
 
 _SILENT = 100  # batches without a measurement before a warning
 
@@ -57,6 +58,7 @@ class GlobalBatchSize:
         Raises:
             ConfigurationError: A size cannot be divided among ranks and accumulated batches.
         """
+        self._is_loaded, self._unmeasured = False, 0
         self._unit = trainer.world_size * trainer.accumulate_grad_batches
         if any(hasattr(callback, "going_to_accumulate_grad_batches") for callback in trainer.callbacks):
             raise ConfigurationError(
