@@ -272,7 +272,7 @@ def test_a_moved_seam_fails_loudly(tmp_path: Path) -> None:
     for owner, names in (
         (fit_loop, ("_combined_loader", "_combined_loader_states_to_load", "_data_fetcher", "max_batches")),
         (fit_loop.epoch_loop, ("batch_progress",)),
-        (trainer, ("val_check_batch", "val_check_interval", "limit_train_batches", "progress_bar_callback")),
+        (trainer, ("val_check_interval", "limit_train_batches", "progress_bar_callback")),
     ):
         assert all(hasattr(owner, name) for name in names)
     moved = type("Moved", (), {"setup_data": None})()

@@ -374,20 +374,21 @@ def test_resumed_at_the_end_of_an_epoch(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_checkpoints_without_it_are_refused(tmp_path: Path) -> None:
-    saved = ModelCheckpoint(dirpath=tmp_path, save_last=True, save_top_k=0, every_n_train_steps=2)
-    trainer = quiet_trainer(tmp_path, callbacks=[saved], enable_checkpointing=True)
-    trainer.fit(Numbered(), resumable("adaptrain", 0))
+    def write(folder: Path, *callbacks: Any) -> str:
+        saved = ModelCheckpoint(dirpath=folder, save_last=True, save_top_k=0, every_n_train_steps=2)
+        trainer = quiet_trainer(folder, callbacks=[saved, *callbacks], enable_checkpointing=True)
+        trainer.fit(Numbered(), resumable("adaptrain", 0))
+        return str(folder / "last.ckpt")
+
+    without = write(tmp_path / "without")
     again = quiet_trainer(tmp_path, callbacks=[BatchSizeController(global_batch_size=12)], max_epochs=2)
     with pytest.raises(ConfigurationError, match="without global_batch_size"):
-        again.fit(Numbered(), resumable("adaptrain", 0), ckpt_path=str(tmp_path / "last.ckpt"))
+        again.fit(Numbered(), resumable("adaptrain", 0), ckpt_path=without)
 
-    trainer = quiet_trainer(
-        tmp_path / "with", callbacks=[saved, BatchSizeController(global_batch_size=12)], enable_checkpointing=True
-    )
-    trainer.fit(Numbered(), resumable("adaptrain", 0))
+    having = write(tmp_path / "with", BatchSizeController(global_batch_size=12))
     again = quiet_trainer(tmp_path, max_epochs=2)
     with pytest.raises(ConfigurationError, match="in a run with global_batch_size"):
-        again.fit(Numbered(), resumable("adaptrain", 0), ckpt_path=str(tmp_path / "last.ckpt"))
+        again.fit(Numbered(), resumable("adaptrain", 0), ckpt_path=having)
 
 
 # Two ranks -----------------------------------------------------------------------------------------------------------
