@@ -375,10 +375,16 @@ def test_resumed_at_the_end_of_an_epoch(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_checkpoints_without_it_are_refused(tmp_path: Path) -> None:
     def write(folder: Path, *callbacks: Any) -> str:
-        saved = ModelCheckpoint(dirpath=folder, save_last=True, save_top_k=0, every_n_train_steps=2)
-        trainer = quiet_trainer(folder, callbacks=[saved, *callbacks], enable_checkpointing=True)
+        class SaveAt(pl.Callback):
+            def on_train_batch_end(
+                self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+            ) -> None:
+                if batch_idx == 2:
+                    trainer.save_checkpoint(folder / "middle.ckpt")
+
+        trainer = quiet_trainer(folder, callbacks=[SaveAt(), *callbacks])
         trainer.fit(Numbered(), resumable("adaptrain", 0))
-        return str(folder / "last.ckpt")
+        return str(folder / "middle.ckpt")
 
     without = write(tmp_path / "without")
     again = quiet_trainer(tmp_path, callbacks=[BatchSizeController(global_batch_size=12)], max_epochs=2)
