@@ -184,7 +184,7 @@ class ResizableLoader:
             return min(total, limit)
         if self.sampler.is_mixed and limit < 1.0:
             return min(total, max(1, self.sampler.batches_within(limit * self.sampler.samples)))
-        return max(1, int(total * limit))
+        return min(total, max(1, int(total * limit)))
 
     def refresh(self) -> None:
         """Tells Lightning how many batches this epoch has, and with which of them validation is due next."""
