@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from adaptrain.decisions import Decision as Decision
     from adaptrain.decisions import DecisionLog as DecisionLog
     from adaptrain.errors import ConfigurationError as ConfigurationError
+    from adaptrain.policies.global_batch_size import BatchSizeRamp as BatchSizeRamp
+    from adaptrain.policies.noise_scale import GradientNoiseScale as GradientNoiseScale
     from adaptrain.policies.sparsity import CosineSchedule as CosineSchedule
     from adaptrain.policies.sparsity import CubicSchedule as CubicSchedule
     from adaptrain.policies.sparsity import LinearSchedule as LinearSchedule
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "AdaptiveCallback": "adaptrain.callbacks.base",
     "BatchSizeController": "adaptrain.callbacks.batch_size",
+    "BatchSizeRamp": "adaptrain.policies.global_batch_size",
     "Budget": "adaptrain.budget",
     "ConfigurationError": "adaptrain.errors",
     "CosineSchedule": "adaptrain.policies.sparsity",
@@ -42,6 +45,7 @@ _NAMES = {
     "Decision": "adaptrain.decisions",
     "DecisionLog": "adaptrain.decisions",
     "GracefulStop": "adaptrain.callbacks.graceful_stop",
+    "GradientNoiseScale": "adaptrain.policies.noise_scale",
     "LearningRateController": "adaptrain.callbacks.learning_rate",
     "LinearSchedule": "adaptrain.policies.sparsity",
     "OneShotSchedule": "adaptrain.policies.sparsity",

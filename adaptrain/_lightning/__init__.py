@@ -26,6 +26,7 @@ else:
         """A callback that the trainers of both Lightning namespaces accept."""
 
 
+from adaptrain._lightning.loader import share_of_data
 from adaptrain._lightning.position import batches_trained
 from adaptrain._lightning.resume import replay_random_state
 from adaptrain._lightning.stop import run_last, work_follows_batch
@@ -62,6 +63,7 @@ __all__ = [
     "run_folder",
     "run_last",
     "seed_everything",
+    "share_of_data",
     "total_steps",
     "work_follows_batch",
 ]

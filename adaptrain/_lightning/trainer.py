@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from adaptrain._lightning.loader import share_of_data
 from adaptrain.errors import ConfigurationError
 
 
@@ -29,12 +30,15 @@ def total_steps(trainer: Any) -> int | None:
 def progress(trainer: Any) -> float:
     """The share of the run that is spent, in [0, 1].
 
-    A `WallClock` callback answers with its own clock counted in; without one it is the share of optimizer steps.
+    A `WallClock` callback answers with its own clock counted in; without one it is the share of optimizer steps, or of
+    samples where the batch size may change.
     """
     for callback in trainer.callbacks:
         spent = getattr(callback, "progress_fraction", None)
         if callable(spent):
             return float(spent(trainer))  # pyright: ignore[reportArgumentType]
+    if (share := share_of_data(trainer)) is not None:
+        return share
     total = total_steps(trainer)
     return min(1.0, trainer.global_step / total) if total else 0.0
 

@@ -77,11 +77,12 @@ class AdaptiveCallback(_lightning.Callback):
         new: Any,
         reason: str,
         readings: Mapping[str, Any] | None = None,
+        offer: bool = True,
     ) -> Decision:
         """Appends a decision to the run's log and offers it to the other adaptive callbacks.
 
         Call it on every rank, with the same values. A dry run's decision is recorded, marked as not applied, and
-        not offered: nothing changed that others should react to.
+        not offered: nothing changed that others should react to. `offer=False` for what is no change during training.
 
         Returns:
             The decision.
@@ -97,7 +98,7 @@ class AdaptiveCallback(_lightning.Callback):
             source=type(self).__name__,
         )
         decision_log(trainer).append(decision)
-        if decision.applied:
+        if decision.applied and offer:
             for other in trainer.callbacks:
                 if other is not self and isinstance(other, AdaptiveCallback):
                     other.on_decision(trainer, trainer.lightning_module, decision)

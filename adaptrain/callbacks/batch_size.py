@@ -14,6 +14,7 @@ from adaptrain import _lightning
 from adaptrain._lightning.closure import wrap_closure
 from adaptrain._lightning.evaluation import wrap_evaluation, wrap_transfer
 from adaptrain.callbacks.base import AdaptiveCallback, find_run_folder
+from adaptrain.callbacks.global_batch_size import GlobalBatchSize
 from adaptrain.decisions import Decision
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.engine import MicroBatching
@@ -25,6 +26,7 @@ from adaptrain.execution.ranks import Ranks
 from adaptrain.execution.transfer import Transfer
 from adaptrain.policies.batch_size import MicroBatchSizePolicy, Proposal
 from adaptrain.policies.evaluation_size import EvaluationSizePolicy
+from adaptrain.policies.global_batch_size import GlobalBatchSizePolicy, global_batch_size_policy
 from adaptrain.policies.peak_memory import PeakMemoryFit
 
 
@@ -70,7 +72,13 @@ class BatchSizeController(AdaptiveCallback):
             what there is.
         memory_fraction: The share of what there is that may be used, in (0, 1].
         split: Your own split: `(batch, micro_batch_size) -> sequence of micro-batches`, each sample in one of them.
-        dry_run: Record the first proposal, change nothing: running out of memory raises.
+        global_batch_size: Samples of one optimizer step, over all ranks and accumulated batches: None: the loader's; a
+            number; or a policy: `BatchSizeRamp(...)`, `GradientNoiseScale(...)`. The loader's samples are then grouped
+            anew, also in the middle of an epoch, each once an epoch. An integer `limit_train_batches` or
+            `val_check_interval` keeps counting batches; a share of an epoch goes by samples. Changes are recorded and
+            heard by `LearningRateController`; the size that training begins with is what the given rate belongs to. A
+            schedule made for a number of steps does not know of later changes: let it go by epochs or by progress.
+        dry_run: Record what would be proposed first, change nothing: running out of memory raises.
         name: Tells two of them apart in a checkpoint.
 
     Raises:
@@ -86,6 +94,7 @@ class BatchSizeController(AdaptiveCallback):
         memory_limit_gib: float | None = None,
         memory_fraction: float = 0.9,
         split: Split | None = None,
+        global_batch_size: int | GlobalBatchSizePolicy | None = None,
         dry_run: bool = False,
         name: str | None = None,
     ) -> None:
@@ -111,6 +120,11 @@ class BatchSizeController(AdaptiveCallback):
         self.memory_limit_gib = memory_limit_gib
         self.memory_fraction = memory_fraction
         self.split = split
+        self.global_batch_size = global_batch_size
+        policy = global_batch_size_policy(global_batch_size)
+        self._global = policy and GlobalBatchSize(
+            policy, record=self._record_global, callback=type(self).__name__, dry_run=dry_run
+        )
         self._policy = MicroBatchSizePolicy(fixed=fixed)
         self._fit = PeakMemoryFit()
         self._machine: dict[str, Any] | None = None
@@ -124,8 +138,10 @@ class BatchSizeController(AdaptiveCallback):
         _lightning.refuse_sharded(trainer, callback=type(self).__name__)
 
     def check(self, trainer: Any, pl_module: Any) -> None:
-        """Refuses what the closure seam cannot serve."""
+        """Refuses what the seams cannot serve; takes over the training loader before anything asks for its length."""
         _lightning.refuse_unsupported(trainer, pl_module, callback=type(self).__name__)
+        if self._global is not None and (undo := self._global.setup(trainer)) is not None:
+            self.on_exit(undo)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes over the closure."""
@@ -144,6 +160,7 @@ class BatchSizeController(AdaptiveCallback):
             by_length=self.split_by == "tokens",
             weight_by=self.weight_by,
             split=self.split,
+            measure_noise=self._global is not None and self._global.measures_noise,
             dry_run=self.dry_run,
         )
         self.on_exit(self._let_go)
@@ -153,6 +170,16 @@ class BatchSizeController(AdaptiveCallback):
                 self.on_exit(guard_step(optimizer))
         self._begin_evaluation(trainer, pl_module)
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Records the global batch size where it is not the loader's."""
+        if self._global is not None:
+            self._global.start(trainer)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Records a global batch size that holds from here on."""
+        if self._global is not None:
+            self._global.epoch_start(trainer)
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Records what the step led to."""
         assert self._engine is not None
@@ -161,6 +188,21 @@ class BatchSizeController(AdaptiveCallback):
         self._engine.proposals = []
         if trainer.loggers and not self.dry_run:
             pl_module.log("adaptrain/micro_batch_size", float(self._engine.size))
+        if self._global is not None:
+            if trainer.loggers and not self.dry_run:
+                pl_module.log("adaptrain/global_batch_size", float(self._global.size))
+            self._global.batch_end(trainer, self._engine.noise)
+
+    def _record_global(self, trainer: Any, proposal: Proposal, offer: bool) -> None:
+        self.record(
+            trainer,
+            "global_batch_size",
+            old=proposal.old,
+            new=proposal.new,
+            reason=proposal.reason,
+            readings=proposal.readings,
+            offer=offer,
+        )
 
     def on_decision(self, trainer: Any, pl_module: Any, decision: Decision) -> None:
         """Measures anew when the model's structure has changed."""
@@ -190,12 +232,13 @@ class BatchSizeController(AdaptiveCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the size, the search and the measured memory, with the machine they hold for."""
-        return {
+        state = {
             "policy": self._policy.state_dict(),
             "evaluation": self._evaluation_policy.state_dict(),
             "fit": self._fit.state_dict(),
             "machine": self._machine,
         }
+        return state if self._global is None else state | {"global": self._global.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on with them; on another machine it measures anew, starting with the same size."""
@@ -203,6 +246,8 @@ class BatchSizeController(AdaptiveCallback):
         self._evaluation_policy.load_state_dict(state_dict["evaluation"])
         self._fit.load_state_dict(state_dict["fit"])
         self._machine = state_dict["machine"]
+        if self._global is not None and "global" in state_dict:
+            self._global.load_state_dict(state_dict["global"])
 
     def _arrive(self, memory: StepMemory) -> None:
         """Forgets what was measured on another machine."""

@@ -58,8 +58,10 @@ class WallClock(AdaptiveCallback):
         Args:
             trainer: The trainer, once it can tell its number of steps (from `configure_optimizers` on).
         """
+        limit = None if self.minutes is None or self.dry_run else 60 * self.minutes
+        if (share := _lightning.share_of_data(trainer)) is not None:
+            return max(share, Progress(wall_clock_s=limit).fraction(step=0, elapsed_s=self._elapsed))
         if self._progress is None:
-            limit = None if self.minutes is None or self.dry_run else 60 * self.minutes
             # Lightning counts batches anew at each call, so its answer is kept.
             self._progress = Progress(total_steps=_lightning.total_steps(trainer), wall_clock_s=limit)
         return self._progress.fraction(step=int(trainer.global_step), elapsed_s=self._elapsed)

@@ -13,6 +13,7 @@ from torch import nn
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.memory import GIB, StepMemory
+from adaptrain.execution.noise import NoiseProbe, NoiseSample
 from adaptrain.execution.plan import Split
 from adaptrain.execution.ranks import Ranks
 from adaptrain.execution.split import BatchLayout, batch_size, layout
@@ -37,6 +38,7 @@ class MicroBatching:
         by_length: Sort by length and trim padding where a batch allows it.
         weight_by: See `adaptrain.execution.weight.sample_weights`.
         split: The user's own split, or None.
+        measure_noise: Take gradient norms at two batch sizes in each step, where it can be.
         dry_run: Run every batch as Lightning does; only propose.
     """
 
@@ -51,6 +53,7 @@ class MicroBatching:
         by_length: bool,
         weight_by: WeightBy,
         split: Split | None = None,
+        measure_noise: bool = False,
         dry_run: bool = False,
     ) -> None:
         self.proposals: list[Proposal] = []
@@ -61,7 +64,10 @@ class MicroBatching:
         self._by_length = by_length
         self._split = split
         self._dry_run = dry_run
-        self._runner = StepRunner(module, ranks=ranks, weight_by=weight_by, split=split, report=memory.report)
+        self._noise = NoiseProbe(module, ranks) if measure_noise else None
+        self._runner = StepRunner(
+            module, ranks=ranks, weight_by=weight_by, split=split, report=memory.report, noise=self._noise
+        )
         # Rotary embeddings know positions relative to each other: padding on the left may go.
         self._trim_left = any(name.endswith("inv_freq") for name, _ in module.named_buffers())
         self._steps = 0
@@ -76,6 +82,11 @@ class MicroBatching:
     def size(self) -> int:
         """The micro-batch size in force."""
         return self._policy.size
+
+    @property
+    def noise(self) -> NoiseSample | None:
+        """The gradient norms of the step just run, where they could be taken."""
+        return self._noise.sample if self._noise is not None else None
 
     def forget(self) -> None:
         """Measures anew: the model has changed."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from adaptrain.execution.noise import NoiseProbe
 from adaptrain.execution.oom import attempt, release_memory
 from adaptrain.execution.plan import Plan, Split, make_plan
 from adaptrain.execution.ranks import Ranks
@@ -80,6 +81,7 @@ class StepRunner:
         weight_by: See `sample_weights`; or a callable that returns the weight of a micro-batch.
         split: `split(batch, micro_batch_size)` returns micro-batches; None: by the batch's layout.
         report: Returns a description of memory, for the error when a single sample does not fit.
+        noise: Takes gradient norms on the way; None: none are taken.
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class StepRunner:
         weight_by: WeightBy = "auto",
         split: Split | None = None,
         report: Callable[[], str] = lambda: "",
+        noise: NoiseProbe | None = None,
     ) -> None:
         self._module = module
+        self._noise = noise
         self._ranks = ranks
         self._weight_by: WeightBy = weight_by
         self._split = split
@@ -138,7 +142,8 @@ class StepRunner:
                     weigh_whole=self._ranks.count > 1,
                 )
                 logged = step.logged()
-                done, message = self._attempt(step, plan, self._scale(plan), logged)
+                scale = self._scale(plan)
+                done, message = self._attempt(step, plan, scale, logged)
                 ran_out, largest, *maxima = self._ranks.maxima([message is not None, plan.largest, *notes])
                 if not ran_out:
                     break
@@ -155,8 +160,18 @@ class StepRunner:
             self._transaction.abort()
             raise
         self._transaction.commit()
+        own = 0.0
+        if self._noise is not None:
+            own = self._noise.before_average(
+                sum(piece.size for piece in plan.pieces),
+                begins_window=step.zeroes_gradients,
+                ends_window=step.ends_window,
+                scale=scale,
+            )
         if step.ends_window:
             self._ranks.average_gradients(self._module.parameters())
+            if self._noise is not None:
+                self._noise.after_average(own)
         logged.flush()
         loss, outputs = done or (None, [])
         return Outcome(step.result(loss, plan.join(outputs)), plan.pieces, failures, maxima)
@@ -180,6 +195,8 @@ class StepRunner:
     ) -> tuple[Tensor | None, list[tuple[int, dict[str, Any]]]]:
         total: Tensor | None = None
         outputs = []
+        if self._noise is not None:
+            self._noise.begin()
         for number, micro_batch, share in plan:
             logged.next_piece(share)
             output = step.forward(micro_batch)
@@ -194,6 +211,10 @@ class StepRunner:
             loss = output.loss if share == 1.0 else output.loss * share
             total = loss if total is None else total + loss
             outputs.append((number, output.extra))
+            if self._noise is not None:
+                self._noise.micro_batch(plan.pieces[number].size, share)
+        if self._noise is not None:
+            self._noise.batch(sum(piece.size for piece in plan.pieces))
         return total, outputs
 
 

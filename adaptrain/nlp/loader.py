@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from adaptrain.errors import ConfigurationError
 from adaptrain.nlp.tokenization import TokenizedTexts
 
 IGNORED = -100
@@ -112,6 +113,9 @@ class ResumableLoader(DataLoader[Any]):
         **kwargs: As for `DataLoader`.
     """
 
+    order_is_samplers = True
+    """Its order is its sampler's alone: another batch sampler over that, with its own place, may serve instead."""
+
     def __init__(
         self,
         dataset: Dataset[Any],
@@ -146,5 +150,13 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": self._order.epoch, "batches": batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Lets the next iteration go on where `state` was taken."""
+        """Lets the next iteration go on where `state` was taken.
+
+        Raises:
+            ConfigurationError: It was taken while the batch size was adapted, and batches do not tell the place.
+        """
+        if "batches" not in state:
+            raise ConfigurationError(
+                "The checkpoint was written in a run with global_batch_size. Resume with it, or begin anew."
+            )
         self._resume = dict(state)

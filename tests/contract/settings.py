@@ -47,6 +47,8 @@ SETTINGS = {
                 ({"weight_by": "words"}, "weight_by"),
                 ({"memory_fraction": 1.5}, "memory_fraction"),
                 ({"memory_limit_gib": -1}, "memory_limit_gib"),
+                ({"global_batch_size": 0}, "global_batch_size"),
+                ({"global_batch_size": "large"}, "global_batch_size"),
             ),
         ),
         Setting(
