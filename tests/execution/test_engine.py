@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,19 @@ from torch import nn
 from adaptrain import BatchSizeController
 from adaptrain.callbacks.base import decision_log
 from adaptrain.execution.memory import GIB, StepMemory
+from adaptrain.execution.oom import release_memory
 from adaptrain.resources.host import PeakMemory, process_memory_bytes
 from tests.toys import quiet_trainer, weights
 
 BATCH, WIDTH = 16, 2048
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage() -> None:
+    """What earlier tests left behind would be freed, or used again, in the middle of a measurement."""
+    release_memory()
+    with contextlib.suppress(OSError, AttributeError):  # only glibc gives freed heap back on demand
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class LongSequences(pl.LightningModule):
