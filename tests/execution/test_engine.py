@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from pathlib import Path
 
 import pytest
@@ -25,8 +23,6 @@ BATCH, WIDTH = 16, 2048
 def _no_garbage() -> None:
     """What earlier tests left behind would be freed, or used again, in the middle of a measurement."""
     release_memory()
-    with contextlib.suppress(OSError, AttributeError):  # only glibc gives freed heap back on demand
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class LongSequences(pl.LightningModule):
