@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,17 +14,10 @@ from torch import nn
 from adaptrain import BatchSizeController
 from adaptrain.callbacks.base import decision_log
 from adaptrain.execution.memory import GIB, StepMemory
-from adaptrain.execution.oom import release_memory
 from adaptrain.resources.host import PeakMemory, process_memory_bytes
 from tests.toys import quiet_trainer, weights
 
 BATCH, WIDTH = 16, 2048
-
-
-@pytest.fixture(autouse=True)
-def _no_garbage() -> None:
-    """What earlier tests left behind would be freed, or used again, in the middle of a measurement."""
-    release_memory()
 
 
 class LongSequences(pl.LightningModule):
@@ -64,7 +59,7 @@ def train(root: Path, *callbacks):
     return weights(module), peak.read(), trainer
 
 
-def test_the_first_long_batch_stays_below_the_limit_by_prediction(tmp_path: Path) -> None:
+def stays_below_the_limit_by_prediction(tmp_path: Path) -> None:
     expected, plain_peak, _ = train(tmp_path)
     limit = process_memory_bytes() + 240 * 2**20
     assert plain_peak > limit  # else this shows nothing
@@ -77,20 +72,28 @@ def test_the_first_long_batch_stays_below_the_limit_by_prediction(tmp_path: Path
     assert decision.readings["predicted_gib"] > decision.readings["limit_gib"]
 
 
+def measures_the_peak_of_a_step(_: Path) -> None:
+    memory = StepMemory(torch.device("cpu"), limit_gib=None, fraction=0.9)
+    memory.start()
+    block = torch.ones(2**26)
+    del block
+    assert memory.stop() - memory.floor_bytes > 200 * 2**20
+
+
+@pytest.mark.parametrize("check", [stays_below_the_limit_by_prediction, measures_the_peak_of_a_step])
+def test_in_a_fresh_process(check, tmp_path: Path) -> None:
+    """What earlier tests left in this process's heap would be used again or freed in the middle of a measurement."""
+    command = [sys.executable, "-m", "tests.execution.test_engine", check.__name__, str(tmp_path)]
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_limit_is_the_tightest_there_is() -> None:
     cpu = torch.device("cpu")
     all_there_is = StepMemory(cpu, limit_gib=None, fraction=1.0).limit_bytes()
     assert StepMemory(cpu, limit_gib=1.5, fraction=1.0).limit_bytes() == 1.5 * GIB
     assert StepMemory(cpu, limit_gib=10**6, fraction=0.5).limit_bytes() < all_there_is
     assert "GiB allowed" in StepMemory(cpu, limit_gib=None, fraction=0.9).report()
-
-
-def test_the_peak_of_a_step_is_measured() -> None:
-    memory = StepMemory(torch.device("cpu"), limit_gib=None, fraction=0.9)
-    memory.start()
-    block = torch.ones(2**26)
-    del block
-    assert memory.stop() - memory.floor_bytes > 200 * 2**20
 
 
 @pytest.mark.gpu
@@ -103,3 +106,8 @@ def test_on_a_cuda_device_tensors_are_counted() -> None:
     assert memory.stop() - memory.floor_bytes >= 2**28
     assert memory.limit_bytes() == GIB
     assert memory.fingerprint()["device"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](Path(sys.argv[2]))
