@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +13,7 @@ from torch import nn
 
 from adaptrain import BatchSizeController
 from adaptrain.callbacks.base import decision_log
-from tests.toys import TextModule, quiet_trainer, text_loader, text_samples, tiny_bert, weights
-
-ROOT = Path(__file__).parents[2]
+from tests.toys import TextModule, quiet_trainer, rank_results, text_loader, text_samples, tiny_bert, weights
 
 
 class TokenModule(TextModule):
@@ -97,17 +93,7 @@ def worker(rank: int, folder: str, port: int) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict]]:
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # A fresh process, so that the ranks can be forked from it: this one has threads.
-    command = [sys.executable, "-m", "tests.callbacks.test_batch_size_ddp", str(folder), str(port)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return rank_results("tests.callbacks.test_batch_size_ddp", tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
