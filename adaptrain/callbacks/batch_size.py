@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
-
-import torch
-from torch import nn
 
 from adaptrain import _lightning
 from adaptrain._lightning.closure import wrap_closure
 from adaptrain._lightning.evaluation import wrap_evaluation, wrap_transfer
 from adaptrain.callbacks.base import AdaptiveCallback, find_run_folder
+from adaptrain.callbacks.batch_size_checks import check_arguments, check_memory, check_training
 from adaptrain.callbacks.global_batch_size import GlobalBatchSize
 from adaptrain.decisions import Decision
-from adaptrain.errors import ConfigurationError
 from adaptrain.execution.engine import MicroBatching
 from adaptrain.execution.evaluation import EvaluationBatching
-from adaptrain.execution.memory import GIB, StepMemory
+from adaptrain.execution.memory import StepMemory
 from adaptrain.execution.optimizer import guard_step
 from adaptrain.execution.plan import Split
 from adaptrain.execution.ranks import Ranks
@@ -99,21 +94,14 @@ class BatchSizeController(AdaptiveCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(dry_run=dry_run, name=name)
-        fixed = _checked_size(micro_batch_size)
-        if split_by not in ("tokens", "samples"):
-            raise ConfigurationError(f"split_by must be 'tokens' or 'samples', got {split_by!r}.")
-        if not callable(weight_by) and weight_by not in ("auto", "samples", "tokens"):
-            raise ConfigurationError(f"weight_by must be 'auto', 'samples', 'tokens' or a callable, got {weight_by!r}.")
-        if memory_limit_gib is not None and not (_is_number(memory_limit_gib) and memory_limit_gib > 0):
-            raise ConfigurationError(
-                f"memory_limit_gib must be a number of GiB greater than 0, got {memory_limit_gib!r}."
-            )
-        if not (_is_number(memory_fraction) and 0 < memory_fraction <= 1):
-            raise ConfigurationError(f"memory_fraction must be in (0, 1], got {memory_fraction!r}. The default is 0.9.")
-        if split is not None and not callable(split):
-            raise ConfigurationError(
-                f"split must be a callable (batch, micro_batch_size) -> micro-batches, got {split!r}."
-            )
+        fixed = check_arguments(
+            micro_batch_size=micro_batch_size,
+            split_by=split_by,
+            weight_by=weight_by,
+            memory_limit_gib=memory_limit_gib,
+            memory_fraction=memory_fraction,
+            split=split,
+        )
         self.micro_batch_size = micro_batch_size
         self.split_by = split_by
         self.weight_by = weight_by
@@ -146,10 +134,10 @@ class BatchSizeController(AdaptiveCallback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes over the closure."""
         super().on_fit_start(trainer, pl_module)
-        self._check_training(trainer, pl_module)
+        check_training(trainer, pl_module, dry_run=self.dry_run)
         device = trainer.strategy.root_device
         memory = StepMemory(device, limit_gib=self.memory_limit_gib, fraction=self.memory_fraction)
-        self._check_memory(memory)
+        check_memory(memory, limit_gib=self.memory_limit_gib, fraction=self.memory_fraction)
         self._arrive(memory)
         self._engine = MicroBatching(
             pl_module,
@@ -292,54 +280,3 @@ class BatchSizeController(AdaptiveCallback):
             reason=proposal.reason,
             readings={**proposal.readings, **where},
         )
-
-    def _check_training(self, trainer: Any, pl_module: nn.Module) -> None:
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-            raise ConfigurationError(
-                "BatchSizeController does not serve LBFGS, which runs the closure several times in one step."
-                " Use another optimizer, or leave this callback out."
-            )
-        parts = dict(pl_module.named_modules())
-        if trainer.world_size > 1:
-            synced = [name for name, part in parts.items() if isinstance(part, nn.SyncBatchNorm)]
-            if synced:
-                raise ConfigurationError(
-                    f"BatchSizeController does not serve SyncBatchNorm ({', '.join(synced)}): it waits for all ranks in"
-                    " forward, and ranks may run different numbers of micro-batches. Use another norm."
-                )
-            if not isinstance(trainer.strategy.model, nn.parallel.DistributedDataParallel):
-                raise ConfigurationError(
-                    f"BatchSizeController serves several ranks with DistributedDataParallel only, not with"
-                    f" {type(trainer.strategy).__name__}. Use strategy='ddp', or leave this callback out."
-                )
-        norms = [name for name, part in parts.items() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-        if norms and not self.dry_run:
-            warnings.warn(
-                f"BatchNorm computes its statistics per micro-batch, so that steps differ from unsplit ones:"
-                f" {', '.join(norms)}. LayerNorm or GroupNorm do not.",
-                stacklevel=2,
-            )
-
-    def _check_memory(self, memory: StepMemory) -> None:
-        used, limit = memory.used_bytes(), memory.limit_bytes()
-        if used < limit:
-            return
-        raise ConfigurationError(
-            f"The process uses {used / GIB:.2f} GiB before training has begun, and may use {limit / GIB:.2f} GiB"
-            f" (memory_limit_gib={self.memory_limit_gib}, memory_fraction={self.memory_fraction}). Raise the limit, or"
-            " use a smaller model or data set."
-        )
-
-
-def _checked_size(value: Any) -> int | None:
-    if value == "auto":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(
-            f"micro_batch_size must be 'auto' or a whole number of samples of at least 1, got {value!r}."
-        )
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
