@@ -23,6 +23,7 @@ from adaptrain.policies.batch_size import MicroBatchSizePolicy, Proposal
 from adaptrain.policies.evaluation_size import EvaluationSizePolicy
 from adaptrain.policies.global_batch_size import GlobalBatchSizePolicy, global_batch_size_policy
 from adaptrain.policies.peak_memory import PeakMemoryFit
+from adaptrain.policies.piece_time import PieceTimeFit
 
 
 class BatchSizeController(AdaptiveCallback):
@@ -115,6 +116,8 @@ class BatchSizeController(AdaptiveCallback):
         )
         self._policy = MicroBatchSizePolicy(fixed=fixed)
         self._fit = PeakMemoryFit()
+        # Times differ from run to run: where a number is given the cuts depend on the batch alone.
+        self._time_fit = PieceTimeFit() if fixed is None else None
         self._machine: dict[str, Any] | None = None
         self._engine: MicroBatching | None = None
         self._evaluation_policy = EvaluationSizePolicy()
@@ -143,6 +146,7 @@ class BatchSizeController(AdaptiveCallback):
             pl_module,
             policy=self._policy,
             fit=self._fit,
+            time_fit=self._time_fit,
             memory=memory,
             ranks=Ranks(device),
             by_length=self.split_by == "tokens",
@@ -224,6 +228,7 @@ class BatchSizeController(AdaptiveCallback):
             "policy": self._policy.state_dict(),
             "evaluation": self._evaluation_policy.state_dict(),
             "fit": self._fit.state_dict(),
+            "time_fit": self._time_fit and self._time_fit.state_dict(),
             "machine": self._machine,
         }
         return state if self._global is None else state | {"global": self._global.state_dict()}
@@ -233,6 +238,8 @@ class BatchSizeController(AdaptiveCallback):
         self._policy.load_state_dict(state_dict["policy"])
         self._evaluation_policy.load_state_dict(state_dict["evaluation"])
         self._fit.load_state_dict(state_dict["fit"])
+        if self._time_fit is not None and state_dict["time_fit"] is not None:
+            self._time_fit.load_state_dict(state_dict["time_fit"])
         self._machine = state_dict["machine"]
         if self._global is not None and "global" in state_dict:
             self._global.load_state_dict(state_dict["global"])
@@ -244,6 +251,8 @@ class BatchSizeController(AdaptiveCallback):
             self._policy.restart()
             self._evaluation_policy.restart()
             self._fit.clear()
+            if self._time_fit is not None:
+                self._time_fit.clear()
         self._machine = machine
 
     def _begin_evaluation(self, trainer: Any, pl_module: Any) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from adaptrain.execution.embedding import SparseAccumulation
 from adaptrain.execution.noise import NoiseProbe
 from adaptrain.execution.oom import attempt, release_memory
 from adaptrain.execution.plan import Plan, Split, make_plan
@@ -55,12 +58,14 @@ class Outcome:
         pieces: The micro-batches that ran.
         failures: The attempts before, in order.
         maxima: The largest of all ranks' `notes`, in the order they were given.
+        seconds: Of each micro-batch's forward and backward pass, where they were timed; by its place in `pieces`.
     """
 
     result: Any
     pieces: list[Piece]
     failures: list[Failure]
     maxima: list[float]
+    seconds: dict[int, float] = field(default_factory=dict)
 
 
 class DoesNotFitError(RuntimeError):
@@ -102,6 +107,8 @@ class StepRunner:
         self._report = report
         self._transaction = Transaction(module)
         self._zeroed = False
+        self._embeddings = SparseAccumulation(module)
+        self._seconds: dict[int, float] = {}
 
     def run(
         self,
@@ -111,6 +118,7 @@ class StepRunner:
         *,
         shrink: Callable[[Failure], int],
         notes: Sequence[float] = (),
+        timed: bool = False,
     ) -> Outcome:
         """Runs one step, again and smaller for as long as memory runs out on any rank.
 
@@ -120,6 +128,7 @@ class StepRunner:
             micro_batch_size: Samples at once.
             shrink: Asked after a failed attempt for the samples at once of the next; the same on every rank.
             notes: Numbers of this rank whose maximum over the ranks the caller wants, without another collective.
+            timed: Time every micro-batch; a CUDA device is waited for.
 
         Returns:
             The outcome.
@@ -143,7 +152,7 @@ class StepRunner:
                 )
                 logged = step.logged()
                 scale = self._scale(plan)
-                done, message = self._attempt(step, plan, scale, logged)
+                done, message = self._attempt(step, plan, scale, logged, timed)
                 ran_out, largest, *maxima = self._ranks.maxima([message is not None, plan.largest, *notes])
                 if not ran_out:
                     break
@@ -174,7 +183,7 @@ class StepRunner:
                 self._noise.after_average(own)
         logged.flush()
         loss, outputs = done or (None, [])
-        return Outcome(step.result(loss, plan.join(outputs)), plan.pieces, failures, maxima)
+        return Outcome(step.result(loss, plan.join(outputs)), plan.pieces, failures, maxima, self._seconds)
 
     def _scale(self, plan: Plan) -> float:
         """The factor from a share of this rank's weight to a share of all ranks', before ranks are averaged."""
@@ -184,30 +193,35 @@ class StepRunner:
         return self._ranks.count * plan.total / everyone
 
     def _attempt(
-        self, step: Step, plan: Plan, scale: float, logged: Any
+        self, step: Step, plan: Plan, scale: float, logged: Any, timed: bool
     ) -> tuple[tuple[Tensor | None, list[tuple[int, dict[str, Any]]]] | None, str | None]:
         """Returns what was computed, or the out-of-memory error's message."""
         with step.local() if self._ranks.count > 1 else contextlib.nullcontext(), logged.capture():
-            return attempt(lambda: self._micro_batches(step, plan, scale, logged))
+            return attempt(lambda: self._micro_batches(step, plan, scale, logged, timed))
 
     def _micro_batches(
-        self, step: Step, plan: Plan, scale: float, logged: Any
+        self, step: Step, plan: Plan, scale: float, logged: Any, timed: bool
     ) -> tuple[Tensor | None, list[tuple[int, dict[str, Any]]]]:
         total: Tensor | None = None
         outputs = []
+        self._seconds = {}
         if self._noise is not None:
             self._noise.begin()
         for number, micro_batch, share in plan:
             logged.next_piece(share)
-            output = step.forward(micro_batch)
-            if not self._zeroed:
-                # As Lightning does, between forward and backward; once, since an attempt taken back leaves no gradient.
-                step.zero_grad()
-                self._zeroed = True
-            if output.closure_loss is None:
-                continue
-            factor = share * scale
-            step.backward(output.closure_loss if factor == 1.0 else output.closure_loss * factor)
+            began = self._clock() if timed else 0.0
+            with self._embeddings.adding() if self._zeroed else contextlib.nullcontext():
+                output = step.forward(micro_batch)
+                if not self._zeroed:
+                    # As Lightning does, between forward and backward; once: an attempt taken back leaves no gradient.
+                    step.zero_grad()
+                    self._zeroed = True
+                if output.closure_loss is None:
+                    continue
+                factor = share * scale
+                step.backward(output.closure_loss if factor == 1.0 else output.closure_loss * factor)
+            if timed:
+                self._seconds[number] = self._clock() - began
             loss = output.loss if share == 1.0 else output.loss * share
             total = loss if total is None else total + loss
             outputs.append((number, output.extra))
@@ -216,6 +230,11 @@ class StepRunner:
         if self._noise is not None:
             self._noise.batch(sum(piece.size for piece in plan.pieces))
         return total, outputs
+
+    def _clock(self) -> float:
+        if torch.device(self._ranks.device).type == "cuda":
+            torch.cuda.synchronize(self._ranks.device)
+        return time.perf_counter()
 
 
 def does_not_fit(
