@@ -191,7 +191,7 @@ class BatchSizeController(AdaptiveCallback):
         if self._global is not None:
             if trainer.loggers and not self.dry_run:
                 pl_module.log("adaptrain/global_batch_size", float(self._global.size))
-            self._global.batch_end(trainer, self._engine.noise)
+            self._global.batch_end(trainer, self._engine.noise, self._engine.samples)
 
     def _record_global(self, trainer: Any, proposal: Proposal, offer: bool) -> None:
         self.record(
@@ -211,6 +211,8 @@ class BatchSizeController(AdaptiveCallback):
         self._evaluation_policy.restart()
         if self._engine is not None:
             self._engine.forget()
+        if self._global is not None:
+            self._global.forget_speeds()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes over the steps, where no fit has."""
@@ -256,6 +258,8 @@ class BatchSizeController(AdaptiveCallback):
             self._policy.restart()
             self._evaluation_policy.restart()
             self._fit.clear()
+            if self._global is not None:
+                self._global.forget_speeds()
         self._machine = machine
 
     def _begin_evaluation(self, trainer: Any, pl_module: Any) -> None:

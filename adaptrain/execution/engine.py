@@ -59,6 +59,7 @@ class MicroBatching:
         dry_run: bool = False,
     ) -> None:
         self.proposals: list[Proposal] = []
+        self.samples = 0  # of the batch just run, on this rank
         self._policy = policy
         self._fit = fit
         self._memory = memory
@@ -113,7 +114,7 @@ class MicroBatching:
             What goes back to Lightning.
         """
         shape = self._layout(step.batch)
-        samples = shape.size if shape is not None else batch_size(step.batch) or 0
+        samples = self.samples = shape.size if shape is not None else batch_size(step.batch) or 0
         if not self._steps:
             self._begin(samples)
         if self._steps % _LOOK_EVERY == 0 or self._policy.is_searching:

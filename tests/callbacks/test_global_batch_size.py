@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,8 @@ def test_the_noise_scale_is_measured_from_micro_batches(settings: dict[str, Any]
 
 def test_the_batch_grows_to_the_noise_and_no_further(tmp_path: Path) -> None:
     samples, truth = known_noise(64.0)
-    policy = GradientNoiseScale(maximum=1024, minimum=8, every=40, smoothing=0.98)
+    # Speed on a busy machine is no part of this.
+    policy = GradientNoiseScale(maximum=1024, minimum=8, every=40, smoothing=0.98, slowdown=None)
     controller = BatchSizeController(micro_batch_size=4, global_batch_size=policy)
     rate = LearningRateController(align=False, cap=False, plateau=False, recover=False, guard=False)
     trainer = quiet_trainer(tmp_path, callbacks=[controller, rate], max_epochs=4)
@@ -250,6 +252,32 @@ def test_the_batch_grows_to_the_noise_and_no_further(tmp_path: Path) -> None:
     assert made[-1].readings["noise_scale"] == pytest.approx(truth, rel=0.8)
     assert "noise scale" in made[-1].reason
     assert rate.factors["batch"] > 1.5
+
+
+class SlowWhenLarge(KnownNoise):
+    """As where memory is swapped: a sample costs eight times as much in steps above 16 samples."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        time.sleep(len(batch) * (0.004 if len(batch) > 16 else 0.0005))
+
+
+def test_a_growth_that_costs_speed_is_taken_back_and_the_learning_rate_follows(tmp_path: Path) -> None:
+    samples, _ = known_noise(64.0, count=1800)
+    policy = GradientNoiseScale(maximum=64, minimum=8, every=25, slowdown=0.5)
+    controller = BatchSizeController(micro_batch_size=4, global_batch_size=policy)
+    rate = LearningRateController(
+        align=False, cap=False, plateau=False, recover=False, guard=False, batch_scaling="sqrt"
+    )
+    trainer = quiet_trainer(tmp_path, callbacks=[controller, rate])
+    module = SlowWhenLarge()
+    trainer.fit(module, DataLoader(samples, batch_size=8, shuffle=True))  # type: ignore[arg-type]
+    made = decisions(trainer)
+    assert [(d.old, d.new) for d in made] == [(8, 16), (16, 32), (32, 16)]
+    assert module.rows.count(4) > 0
+    assert made[2].step - made[1].step == 20
+    assert made[2].readings["samples_per_s"] < 0.5 * made[2].readings["samples_per_s_before"]
+    assert made[2].readings["samples_per_s"] < 1 / 0.004
+    assert rate.factors["batch"] == pytest.approx(2**0.5, rel=1e-3)
 
 
 def test_where_nothing_can_be_measured_it_says_so(tmp_path: Path) -> None:
