@@ -428,6 +428,36 @@ def test_checkpoints_without_it_are_refused(tmp_path: Path) -> None:
 # Two ranks -----------------------------------------------------------------------------------------------------------
 
 
+class SaveAt(pl.Callback):
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def fit_with_workers(folder: Path, *, resume: bool) -> dict[str, Any]:
+    """On two ranks, with workers that persist, and without the last smaller batch; saves in the middle of epoch 1."""
+    module = Numbered()
+    ramp = BatchSizeRamp(begin=8, end=24, until=0.6)
+    saves = [] if resume else [SaveAt(10, folder / "middle.ckpt")]
+    trainer = quiet_trainer(
+        folder,
+        strategy="ddp",
+        devices=2,
+        callbacks=[BatchSizeController(micro_batch_size=3, global_batch_size=ramp), *saves],
+        max_epochs=3,
+    )
+    loader = DataLoader(numbered(), batch_size=8, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
+    trainer.fit(module, loader, ckpt_path=str(folder / "middle.ckpt") if resume else None)
+    return {
+        "seen": module.seen,
+        "weights": weights(module),
+        "decisions": [(d.step, d.old, d.new) for d in decisions(trainer)],
+    }
+
+
 def worker(rank: int, folder: str, port: int) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -464,6 +494,7 @@ def worker(rank: int, folder: str, port: int) -> None:
     except ConfigurationError as error:
         refused = str(error)
     result = {
+        "workers": [fit_with_workers(Path(folder), resume=resume) for resume in (False, True)],
         "weights": weights(module),
         "seen": module.seen,
         "refused": refused,
@@ -495,6 +526,22 @@ def test_two_ranks_agree_and_share_every_sample(tmp_path: Path) -> None:
     assert "2 ranks" in first["refused"]
     assert first["noise"] == second["noise"]
     assert first["noise"] == pytest.approx(first["truth"], rel=0.35)
+
+    for rank in (first, second):
+        whole, resumed = rank["workers"]
+        rest = len(resumed["seen"])
+        assert resumed["seen"] == whole["seen"][10:]
+        assert 0 < rest < len(whole["seen"]) - 7  # in the middle of epoch 1
+        assert torch.equal(resumed["weights"], whole["weights"])
+        assert torch.equal(whole["weights"], first["workers"][0]["weights"])
+        assert {4, 8} <= {len(numbers) for _, numbers in whole["seen"]} <= {4, 8, 12}  # none is smaller
+        assert whole["decisions"] == first["workers"][0]["decisions"]
+        assert resumed["decisions"][-2:] == whole["decisions"][1:]  # rank 1 keeps no file of those before
+    for epoch in range(3):
+        seen = [
+            n for rank in (first, second) for e, numbers in rank["workers"][0]["seen"] if e == epoch for n in numbers
+        ]
+        assert len(set(seen)) == len(seen) > SAMPLES - 2 * 12
 
 
 def main() -> None:
