@@ -55,7 +55,8 @@ class BatchSizeController(AdaptiveCallback):
     bit-reproducible runs give `micro_batch_size` as a number.
 
     Under data-parallel training no gradient is communicated before all ranks are done: they vote first, so that a rank
-    that runs out of memory does not leave the others waiting. Reducing does not overlap with backward.
+    that runs out of memory does not leave the others waiting. Reducing then does not overlap with backward; with
+    `overlap=True` it does in the last micro-batch, as in DDP.
 
     Args:
         micro_batch_size: Samples at once: `"auto"`, or a number to begin with and to grow back to after an error.
@@ -74,6 +75,12 @@ class BatchSizeController(AdaptiveCallback):
             `val_check_interval` keeps counting batches; a share of an epoch goes by samples. Changes are recorded and
             heard by `LearningRateController`; the size that training begins with is what the given rate belongs to. A
             schedule made for a number of steps does not know of later changes: let it go by epochs or by progress.
+        overlap: With several ranks, reduce gradients while the last backward of an optimizer step runs. Use it where
+            reducing takes long, as for a large model on a slow network, and memory is no close call. The ranks vote
+            before that backward: running out of memory earlier is survived, and in that backward too where no
+            micro-batch of its size had fitted before. Otherwise it is not deadlock-safe: the rank raises, and the
+            others wait until the process group's timeout. A parameter that a step does not use needs
+            `find_unused_parameters=True`, as in DDP; DDP's communication hook is used. No effect on a single rank.
         dry_run: Record what would be proposed first, change nothing: running out of memory raises.
         name: Tells two of them apart in a checkpoint.
 
@@ -91,6 +98,7 @@ class BatchSizeController(AdaptiveCallback):
         memory_fraction: float = 0.9,
         split: Split | None = None,
         global_batch_size: int | GlobalBatchSizePolicy | None = None,
+        overlap: bool = False,
         dry_run: bool = False,
         name: str | None = None,
     ) -> None:
@@ -102,6 +110,7 @@ class BatchSizeController(AdaptiveCallback):
             memory_limit_gib=memory_limit_gib,
             memory_fraction=memory_fraction,
             split=split,
+            overlap=overlap,
         )
         self.micro_batch_size = micro_batch_size
         self.split_by = split_by
@@ -110,6 +119,7 @@ class BatchSizeController(AdaptiveCallback):
         self.memory_fraction = memory_fraction
         self.split = split
         self.global_batch_size = global_batch_size
+        self.overlap = overlap
         policy = global_batch_size_policy(global_batch_size)
         self._global = policy and GlobalBatchSize(
             policy, record=self._record_global, callback=type(self).__name__, dry_run=dry_run
@@ -137,7 +147,8 @@ class BatchSizeController(AdaptiveCallback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes over the closure."""
         super().on_fit_start(trainer, pl_module)
-        check_training(trainer, pl_module, dry_run=self.dry_run)
+        noise = self._global is not None and self._global.measures_noise
+        check_training(trainer, pl_module, overlap=self.overlap, measures_noise=noise, dry_run=self.dry_run)
         device = trainer.strategy.root_device
         memory = StepMemory(device, limit_gib=self.memory_limit_gib, fraction=self.memory_fraction)
         check_memory(memory, limit_gib=self.memory_limit_gib, fraction=self.memory_fraction)
@@ -152,7 +163,8 @@ class BatchSizeController(AdaptiveCallback):
             by_length=self.split_by == "tokens",
             weight_by=self.weight_by,
             split=self.split,
-            measure_noise=self._global is not None and self._global.measures_noise,
+            measure_noise=noise,
+            overlap=self.overlap,
             dry_run=self.dry_run,
         )
         self.on_exit(self._let_go)
@@ -183,7 +195,7 @@ class BatchSizeController(AdaptiveCallback):
         if self._global is not None:
             if trainer.loggers and not self.dry_run:
                 pl_module.log("adaptrain/global_batch_size", float(self._global.size))
-            self._global.batch_end(trainer, self._engine.noise)
+            self._global.batch_end(trainer, self._engine.noise, self._engine.samples)
 
     def _record_global(self, trainer: Any, proposal: Proposal, offer: bool) -> None:
         self.record(
@@ -203,6 +215,8 @@ class BatchSizeController(AdaptiveCallback):
         self._evaluation_policy.restart()
         if self._engine is not None:
             self._engine.forget()
+        if self._global is not None:
+            self._global.forget_speeds()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes over the steps, where no fit has."""
@@ -253,6 +267,8 @@ class BatchSizeController(AdaptiveCallback):
             self._fit.clear()
             if self._time_fit is not None:
                 self._time_fit.clear()
+            if self._global is not None:
+                self._global.forget_speeds()
         self._machine = machine
 
     def _begin_evaluation(self, trainer: Any, pl_module: Any) -> None:

@@ -21,6 +21,7 @@ def check_arguments(
     memory_limit_gib: Any,
     memory_fraction: Any,
     split: Any,
+    overlap: Any,
 ) -> int | None:
     """Checks the controller's arguments, which it describes.
 
@@ -41,19 +42,24 @@ def check_arguments(
         raise ConfigurationError(f"memory_fraction must be in (0, 1], got {memory_fraction!r}. The default is 0.9.")
     if split is not None and not callable(split):
         raise ConfigurationError(f"split must be a callable (batch, micro_batch_size) -> micro-batches, got {split!r}.")
+    if not isinstance(overlap, bool):
+        raise ConfigurationError(f"overlap must be true or false, got {overlap!r}. The default is false.")
     return fixed
 
 
-def check_training(trainer: Any, pl_module: nn.Module, *, dry_run: bool) -> None:
+def check_training(trainer: Any, pl_module: nn.Module, *, overlap: bool, measures_noise: bool, dry_run: bool) -> None:
     """Refuses an optimizer, module or strategy that cannot be served; warns of batch norm.
 
     Args:
         trainer: The trainer, in `on_fit_start`.
         pl_module: The user's LightningModule.
+        overlap: Whether gradients are reduced while backward runs.
+        measures_noise: Whether the ranks' own gradients are needed, too.
         dry_run: Whether nothing will be split.
 
     Raises:
-        ConfigurationError: LBFGS; with several ranks, SyncBatchNorm or a strategy other than DDP.
+        ConfigurationError: LBFGS; with several ranks, SyncBatchNorm, a strategy other than DDP, or what does not
+            go with `overlap`.
     """
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
         raise ConfigurationError(
@@ -72,6 +78,16 @@ def check_training(trainer: Any, pl_module: nn.Module, *, dry_run: bool) -> None
             raise ConfigurationError(
                 f"BatchSizeController serves several ranks with DistributedDataParallel only, not with"
                 f" {type(trainer.strategy).__name__}. Use strategy='ddp', or leave this callback out."
+            )
+        if overlap and measures_noise:
+            raise ConfigurationError(
+                "BatchSizeController: overlap=True does not go with GradientNoiseScale on several ranks: it compares"
+                " the ranks' own gradients with their mean, and backward then leaves the mean only. Use overlap=False."
+            )
+        if overlap and trainer.strategy.model.static_graph:
+            raise ConfigurationError(
+                "BatchSizeController: overlap=True does not go with DDP's static_graph=True: steps differ in their"
+                " number of micro-batches. Use overlap=False, or static_graph=False."
             )
     norms = [name for name, part in parts.items() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     if norms and not dry_run:

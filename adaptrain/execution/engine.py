@@ -42,6 +42,7 @@ class MicroBatching:
         weight_by: See `adaptrain.execution.weight.sample_weights`.
         split: The user's own split, or None.
         measure_noise: Take gradient norms at two batch sizes in each step, where it can be.
+        overlap: Reduce gradients while the last backward of a step runs; see `StepRunner`.
         dry_run: Run every batch as Lightning does; only propose.
     """
 
@@ -58,9 +59,11 @@ class MicroBatching:
         weight_by: WeightBy,
         split: Split | None = None,
         measure_noise: bool = False,
+        overlap: bool = False,
         dry_run: bool = False,
     ) -> None:
         self.proposals: list[Proposal] = []
+        self.samples = 0  # of the batch just run, on this rank
         self._policy = policy
         self._fit = fit
         self._time_fit = time_fit
@@ -71,7 +74,13 @@ class MicroBatching:
         self._dry_run = dry_run
         self._noise = NoiseProbe(module, ranks) if measure_noise else None
         self._runner = StepRunner(
-            module, ranks=ranks, weight_by=weight_by, split=split, report=memory.report, noise=self._noise
+            module,
+            ranks=ranks,
+            weight_by=weight_by,
+            split=split,
+            report=memory.report,
+            noise=self._noise,
+            overlap=overlap,
         )
         # Rotary embeddings know positions relative to each other: padding on the left may go.
         self._trim_left = any(name.endswith("inv_freq") for name, _ in module.named_buffers())
@@ -112,7 +121,7 @@ class MicroBatching:
             What goes back to Lightning.
         """
         shape = self._layout(step.batch)
-        samples = shape.size if shape is not None else batch_size(step.batch) or 0
+        samples = self.samples = shape.size if shape is not None else batch_size(step.batch) or 0
         if not self._steps:
             self._begin(samples)
         if self._steps % _LOOK_EVERY == 0 or self._policy.is_searching:
