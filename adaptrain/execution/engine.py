@@ -16,11 +16,12 @@ from adaptrain.execution.memory import GIB, StepMemory
 from adaptrain.execution.noise import NoiseProbe, NoiseSample
 from adaptrain.execution.plan import Split
 from adaptrain.execution.ranks import Ranks
-from adaptrain.execution.split import BatchLayout, batch_size, layout
+from adaptrain.execution.split import BatchLayout, Piece, batch_size, layout
 from adaptrain.execution.step import Failure, Outcome, StepRunner
 from adaptrain.execution.weight import WeightBy
 from adaptrain.policies.batch_size import Forecast, MicroBatchSizePolicy, Proposal
 from adaptrain.policies.peak_memory import PeakMemoryFit
+from adaptrain.policies.piece_time import PieceTimeFit
 
 _log = logging.getLogger(__name__)
 _LOOK_EVERY = 20  # steps between two looks at memory once the size has settled
@@ -33,6 +34,8 @@ class MicroBatching:
         module: The module that is trained.
         policy: Decides the size.
         fit: Predicts memory.
+        time_fit: Learns what a micro-batch costs beside its tokens, so that batches are cut where it is cheapest; None:
+            micro-batches are even in size.
         memory: Measures it.
         ranks: The ranks of the run.
         by_length: Sort by length and trim padding where a batch allows it.
@@ -49,6 +52,7 @@ class MicroBatching:
         *,
         policy: MicroBatchSizePolicy,
         fit: PeakMemoryFit,
+        time_fit: PieceTimeFit | None = None,
         memory: StepMemory,
         ranks: Ranks,
         by_length: bool,
@@ -62,6 +66,7 @@ class MicroBatching:
         self.samples = 0  # of the batch just run, on this rank
         self._policy = policy
         self._fit = fit
+        self._time_fit = time_fit
         self._memory = memory
         self._ranks = ranks
         self._by_length = by_length
@@ -101,6 +106,8 @@ class MicroBatching:
         """Measures anew: the model has changed."""
         self._policy.restart()
         self._fit.clear()
+        if self._time_fit is not None:
+            self._time_fit.clear()
         self._smallest_cap = math.inf
         self._longest = 1
 
@@ -131,13 +138,14 @@ class MicroBatching:
         look = (
             self._policy.is_searching
             or self._steps % _LOOK_EVERY == 0
-            or not self._fit.knows(min(cap, samples), length)
+            or (shape is not None and not self._fit.knows(*_largest(shape.pieces(min(size, cap)))))
         )
         if look:
             self._memory.start()
         began = time.perf_counter()
         notes = [float(samples), -float(cap) if cap < min(size, samples) else -math.inf]
-        outcome = self._runner.run(step, shape, min(size, cap), shrink=self._shrink, notes=notes)
+        timed = look and self._time_fit is not None
+        outcome = self._runner.run(step, shape, min(size, cap), shrink=self._shrink, notes=notes, timed=timed)
         peak = self._memory.stop() if look else None
         seconds = time.perf_counter() - began
         self._learn(outcome, shape, length, peak)
@@ -158,7 +166,8 @@ class MicroBatching:
     def _layout(self, batch: Any) -> BatchLayout | None:
         if self._split is not None:
             return None
-        shape = layout(batch, by_length=self._by_length, trim_left=self._trim_left)
+        cost = self._time_fit.piece_cost if self._time_fit is not None else None
+        shape = layout(batch, by_length=self._by_length, trim_left=self._trim_left, piece_cost=cost)
         if shape is None and "whole" not in self._said:
             self._said.add("whole")
             warnings.warn(
@@ -193,11 +202,12 @@ class MicroBatching:
         # The first step lacks the optimizer's state: its peak would make every later one look smaller than it is.
         if shape is None or outcome.failures or peak is None or self._steps == 1:
             return
-        largest = max(outcome.pieces, key=lambda piece: piece.size * piece.length)
-        self._fit.observe(
-            largest.size, largest.length, peak_bytes=float(peak), floor_bytes=float(self._memory.floor_bytes)
-        )
+        largest = _largest(outcome.pieces)
+        self._fit.observe(*largest, peak_bytes=float(peak), floor_bytes=float(self._memory.floor_bytes))
         self._longest = max(self._longest, length)
+        if self._time_fit is not None:
+            for number, seconds in outcome.seconds.items():
+                self._time_fit.observe(outcome.pieces[number].size * outcome.pieces[number].length, seconds)
 
     def _say_cap(self, negative_cap: float, length: int) -> None:
         """Records when a batch had to run in smaller pieces than the size in force, once for each smaller cap."""
@@ -237,3 +247,9 @@ class MicroBatching:
         predicted = self._fit.predict(size, length)
         most, limit = self._ranks.maxima([-1.0 if predicted is None else predicted, -self._limit])
         return Forecast(None if most < 0 else most / GIB, -limit / GIB)
+
+
+def _largest(pieces: list[Piece]) -> tuple[int, int]:
+    """The samples and columns of the micro-batch that takes the most memory, as far as its tokens tell."""
+    largest = max(pieces, key=lambda piece: piece.size * piece.length)
+    return largest.size, largest.length

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from adaptrain.execution.does_not_fit import DoesNotFitError, does_not_fit
+from adaptrain.execution.embedding import SparseAccumulation
 from adaptrain.execution.noise import NoiseProbe
 from adaptrain.execution.oom import attempt, release_memory
 from adaptrain.execution.overlap import LastBackwardError, ProvenSizes
@@ -61,16 +65,14 @@ class Outcome:
         pieces: The micro-batches that ran.
         failures: The attempts before, in order.
         maxima: The largest of all ranks' `notes`, in the order they were given.
+        seconds: Of each micro-batch's forward and backward pass, where they were timed; by its place in `pieces`.
     """
 
     result: Any
     pieces: list[Piece]
     failures: list[Failure]
     maxima: list[float]
-
-
-class DoesNotFitError(RuntimeError):
-    """A single sample, or a batch that cannot be split, does not fit into the memory there is."""
+    seconds: dict[int, float] = field(default_factory=dict)
 
 
 class StepRunner:
@@ -116,6 +118,8 @@ class StepRunner:
         self._zeroed = False
         self._overlap = overlap and ranks.count > 1
         self._proven = ProvenSizes()
+        self._embeddings = SparseAccumulation(module)
+        self._seconds: dict[int, float] = {}
 
     def run(
         self,
@@ -125,6 +129,7 @@ class StepRunner:
         *,
         shrink: Callable[[Failure], int],
         notes: Sequence[float] = (),
+        timed: bool = False,
     ) -> Outcome:
         """Runs one step, again and smaller for as long as memory runs out on any rank.
 
@@ -134,6 +139,7 @@ class StepRunner:
             micro_batch_size: Samples at once.
             shrink: Asked after a failed attempt for the samples at once of the next; the same on every rank.
             notes: Numbers of this rank whose maximum over the ranks the caller wants, without another collective.
+            timed: Time every micro-batch; a CUDA device is waited for.
 
         Returns:
             The outcome.
@@ -159,7 +165,7 @@ class StepRunner:
                 )
                 logged = step.logged()
                 scale = self._scale(plan)
-                done, message = self._attempt(step, plan, scale, logged, hold_last=hold_last)
+                done, message = self._attempt(step, plan, scale, logged, timed, hold_last=hold_last)
                 is_new = hold_last and not self._proven.covers(plan.pieces[_last_that_counts(plan)])
                 ran_out, largest, any_new, *maxima = self._ranks.maxima(
                     [message is not None, plan.largest, is_new, *notes]
@@ -204,7 +210,7 @@ class StepRunner:
             if self._noise is not None:
                 self._noise.after_average(own)
         logged.flush()
-        return Outcome(step.result(loss, plan.join(outputs)), plan.pieces, failures, maxima)
+        return Outcome(step.result(loss, plan.join(outputs)), plan.pieces, failures, maxima, self._seconds)
 
     def _scale(self, plan: Plan) -> float:
         """The factor from a share of this rank's weight to a share of all ranks', before ranks are averaged."""
@@ -214,11 +220,11 @@ class StepRunner:
         return self._ranks.count * plan.total / everyone
 
     def _attempt(
-        self, step: Step, plan: Plan, scale: float, logged: Any, *, hold_last: bool
+        self, step: Step, plan: Plan, scale: float, logged: Any, timed: bool, *, hold_last: bool
     ) -> tuple[_Computed | None, str | None]:
         """Returns what was computed, or the out-of-memory error's message."""
         with step.local() if self._ranks.count > 1 else contextlib.nullcontext(), logged.capture():
-            return attempt(lambda: self._micro_batches(step, plan, scale, logged, hold_last=hold_last))
+            return attempt(lambda: self._micro_batches(step, plan, scale, logged, timed, hold_last=hold_last))
 
     def _last_backward(self, step: Step, done: _Computed | None, logged: Any) -> tuple[_Computed | None, str | None]:
         """Runs the backward that was held back by itself, so that it can still be taken back."""
@@ -236,30 +242,37 @@ class StepRunner:
         if message is not None:
             raise LastBackwardError(self._report(), message)
 
-    def _micro_batches(self, step: Step, plan: Plan, scale: float, logged: Any, *, hold_last: bool) -> _Computed:
+    def _micro_batches(
+        self, step: Step, plan: Plan, scale: float, logged: Any, timed: bool, *, hold_last: bool
+    ) -> _Computed:
         total: Tensor | None = None
         outputs = []
         held: Tensor | None = None
         last = _last_that_counts(plan) if hold_last else None
+        self._seconds = {}
         if self._noise is not None:
             self._noise.begin()
         for number, micro_batch, share in plan:
             logged.next_piece(share)
-            output = step.forward(micro_batch)
-            if not self._zeroed:
-                # As Lightning does, between forward and backward; once, since an attempt taken back leaves no gradient.
-                step.zero_grad()
-                self._zeroed = True
-            if output.closure_loss is None:
+            began = self._clock() if timed else 0.0
+            with self._embeddings.adding() if self._zeroed else contextlib.nullcontext():
+                output = step.forward(micro_batch)
+                if not self._zeroed:
+                    # As Lightning does, between forward and backward; once: an attempt taken back leaves no gradient.
+                    step.zero_grad()
+                    self._zeroed = True
+                if output.closure_loss is None:
+                    if number == last:
+                        raise RuntimeError("training_step returned None. With overlap=True it must return a loss.")
+                    continue
+                factor = share * scale
+                weighted = output.closure_loss if factor == 1.0 else output.closure_loss * factor
                 if number == last:
-                    raise RuntimeError("training_step returned None. With overlap=True it must return a loss.")
-                continue
-            factor = share * scale
-            weighted = output.closure_loss if factor == 1.0 else output.closure_loss * factor
-            if number == last:
-                held = weighted
-            else:
-                step.backward(weighted)
+                    held = weighted
+                else:
+                    step.backward(weighted)
+            if timed and number != last:
+                self._seconds[number] = self._clock() - began
             loss = output.loss if share == 1.0 else output.loss * share
             total = loss if total is None else total + loss
             outputs.append((number, output.extra))
@@ -269,29 +282,12 @@ class StepRunner:
             self._noise.batch(sum(piece.size for piece in plan.pieces))
         return total, outputs, held
 
+    def _clock(self) -> float:
+        if torch.device(self._ranks.device).type == "cuda":
+            torch.cuda.synchronize(self._ranks.device)
+        return time.perf_counter()
+
 
 def _last_that_counts(plan: Plan) -> int:
     """The number of the last micro-batch that runs."""
     return max(number for number, share in enumerate(plan.shares) if share)
-
-
-def does_not_fit(
-    layout: BatchLayout | None, can_split: bool, report: str, message: str | None, *, stage: str | None = None
-) -> str:
-    """Returns the text of a `DoesNotFitError`.
-
-    Args:
-        layout: The layout of what did not fit, where there is one.
-        can_split: Whether it was a single sample; else it is a batch that cannot be split.
-        report: A description of memory.
-        message: The error's first line; None where another rank ran out.
-        stage: The stage of evaluation; None in training.
-    """
-    what = "A single sample" if can_split else "A batch that cannot be split into samples"
-    length = f" ({layout.length} columns)" if layout is not None and layout.length > 1 else ""
-    training = " gradient checkpointing, an optimizer with less state," if stage is None else ""
-    return (
-        f"{what}{length} does not fit into memory{'' if stage is None else f' in {stage}'}. {report} The error was:"
-        f" {message or 'on another rank'}\nWhat to try: shorter sequences or smaller inputs, a lower precision,"
-        f"{training} a smaller model, or a higher memory_limit_gib where that is what limits."
-    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from adaptrain.execution.does_not_fit import DoesNotFitError
 from adaptrain.execution.oom import attempt, release_memory
-from adaptrain.execution.step import DoesNotFitError
 
 
 class Transfer:
