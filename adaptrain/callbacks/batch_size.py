@@ -77,10 +77,9 @@ class BatchSizeController(AdaptiveCallback):
             schedule made for a number of steps does not know of later changes: let it go by epochs or by progress.
         overlap: With several ranks, reduce gradients while the last backward of an optimizer step runs. Use it where
             reducing takes long, as for a large model on a slow network, and memory is no close call. The ranks vote
-            before that backward: running out of memory earlier is survived, and in that backward too where no
-            micro-batch of its size had fitted before. Otherwise it is not deadlock-safe: the rank raises, and the
-            others wait until the process group's timeout. A parameter that a step does not use needs
-            `find_unused_parameters=True`, as in DDP; DDP's communication hook is used. No effect on a single rank.
+            before it: running out of memory earlier is survived, and in it where no micro-batch of its size had fitted
+            before. Else it is not deadlock-safe: the rank raises, the others wait until the process group's timeout. A
+            parameter that a step does not use needs `find_unused_parameters=True`, as in DDP. No effect on one rank.
         dry_run: Record what would be proposed first, change nothing: running out of memory raises.
         name: Tells two of them apart in a checkpoint.
 
@@ -120,10 +119,8 @@ class BatchSizeController(AdaptiveCallback):
         self.split = split
         self.global_batch_size = global_batch_size
         self.overlap = overlap
-        policy = global_batch_size_policy(global_batch_size)
-        self._global = policy and GlobalBatchSize(
-            policy, record=self._record_global, callback=type(self).__name__, dry_run=dry_run
-        )
+        policy, kind = global_batch_size_policy(global_batch_size), type(self).__name__
+        self._global = policy and GlobalBatchSize(policy, record=self._record_global, callback=kind, dry_run=dry_run)
         self._policy = MicroBatchSizePolicy(fixed=fixed)
         self._fit = PeakMemoryFit()
         # Times differ from run to run: where a number is given the cuts depend on the batch alone.
@@ -198,15 +195,7 @@ class BatchSizeController(AdaptiveCallback):
             self._global.batch_end(trainer, self._engine.noise, self._engine.samples)
 
     def _record_global(self, trainer: Any, proposal: Proposal, offer: bool) -> None:
-        self.record(
-            trainer,
-            "global_batch_size",
-            old=proposal.old,
-            new=proposal.new,
-            reason=proposal.reason,
-            readings=proposal.readings,
-            offer=offer,
-        )
+        self._record(trainer, proposal, {}, knob="global_batch_size", offer=offer)
 
     def on_decision(self, trainer: Any, pl_module: Any, decision: Decision) -> None:
         """Measures anew when the model's structure has changed."""
@@ -265,10 +254,10 @@ class BatchSizeController(AdaptiveCallback):
             self._policy.restart()
             self._evaluation_policy.restart()
             self._fit.clear()
-            if self._time_fit is not None:
-                self._time_fit.clear()
             if self._global is not None:
                 self._global.forget_speeds()
+            if self._time_fit is not None:
+                self._time_fit.clear()
         self._machine = machine
 
     def _begin_evaluation(self, trainer: Any, pl_module: Any) -> None:
@@ -296,12 +285,15 @@ class BatchSizeController(AdaptiveCallback):
     def _let_go(self) -> None:
         self._engine = self._evaluation = None
 
-    def _record(self, trainer: Any, proposal: Proposal, where: Mapping[str, str]) -> None:
+    def _record(
+        self,
+        trainer: Any,
+        proposal: Proposal,
+        where: Mapping[str, str],
+        knob: str = "micro_batch_size",
+        offer: bool = True,
+    ) -> None:
+        readings = {**proposal.readings, **where}
         self.record(
-            trainer,
-            "micro_batch_size",
-            old=proposal.old,
-            new=proposal.new,
-            reason=proposal.reason,
-            readings={**proposal.readings, **where},
+            trainer, knob, old=proposal.old, new=proposal.new, reason=proposal.reason, readings=readings, offer=offer
         )
