@@ -38,6 +38,11 @@ def test_the_automatic_optimization_loop_has_what_the_seam_uses(namespace, tmp_p
     assert result.asdict() == {"loss": torch.tensor(2.0), "a": 1}
 
 
+def test_ddps_reducer_has_what_overlap_uses() -> None:
+    for name in ("_rebuild_buckets", "prepare_for_backward", "_check_reducer_finalized", "_reset_state"):
+        assert hasattr(torch.distributed.Reducer, name), name
+
+
 @pytest.mark.parametrize("namespace", [pytorch_lightning, lightning.pytorch])
 def test_running_the_parts_equals_lightnings_own_closure(namespace, tmp_path: Path) -> None:
     def parts(step: ClosureStep):

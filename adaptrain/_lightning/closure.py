@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from pytorch_lightning.overrides.distributed import prepare_for_backward
 from torch import Tensor
 
 
@@ -55,6 +56,33 @@ class ClosureStep:
     def backward(self, loss: Tensor) -> None:
         """Runs backward with the precision plugin (a GradScaler scales it) and Lightning's hooks."""
         self._closure._backward_fn(loss)
+
+    def backward_and_reduce(self, loss: Tensor) -> None:
+        """Runs backward with DDP averaging the gradients, those there are and those to come, as they become ready.
+
+        `forward` ran the plain module, so that DDP is told here, as Lightning does in manual optimization. All ranks
+        must come here, and none may fail.
+
+        Raises:
+            RuntimeError: A parameter got no gradient, and DDP does not look for such.
+        """
+        wrapper = self._trainer.strategy.model
+        assert wrapper.require_backward_grad_sync
+        prepare_for_backward(wrapper, loss)
+        self.backward(loss)
+        try:
+            wrapper.reducer._check_reducer_finalized()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "A parameter got no gradient in the last micro-batch of a step, so that DDP did not finish reducing."
+                " overlap=True then needs strategy='ddp_find_unused_parameters_true'; overlap=False does not."
+            ) from error
+
+    def reduced_without_ddp(self) -> None:
+        """Makes DDP forget which parameters a window used whose gradients it did not reduce."""
+        wrapper = self._trainer.strategy.model
+        if wrapper.find_unused_parameters:
+            wrapper.reducer._reset_state()
 
     def result(self, loss: Tensor | None, extra: dict[str, Any]) -> Any:
         """Returns what the closure hands back to Lightning: it becomes `outputs` of `on_train_batch_end`."""

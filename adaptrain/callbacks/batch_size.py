@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
-
-import torch
-from torch import nn
 
 from adaptrain import _lightning
 from adaptrain._lightning.closure import wrap_closure
 from adaptrain._lightning.evaluation import wrap_evaluation, wrap_transfer
 from adaptrain.callbacks.base import AdaptiveCallback, find_run_folder
+from adaptrain.callbacks.batch_size_checks import check_arguments, check_memory, check_training
 from adaptrain.callbacks.global_batch_size import GlobalBatchSize
 from adaptrain.decisions import Decision
-from adaptrain.errors import ConfigurationError
 from adaptrain.execution.engine import MicroBatching
 from adaptrain.execution.evaluation import EvaluationBatching
-from adaptrain.execution.memory import GIB, StepMemory
+from adaptrain.execution.memory import StepMemory
 from adaptrain.execution.optimizer import guard_step
 from adaptrain.execution.plan import Split
 from adaptrain.execution.ranks import Ranks
@@ -28,6 +23,7 @@ from adaptrain.policies.batch_size import MicroBatchSizePolicy, Proposal
 from adaptrain.policies.evaluation_size import EvaluationSizePolicy
 from adaptrain.policies.global_batch_size import GlobalBatchSizePolicy, global_batch_size_policy
 from adaptrain.policies.peak_memory import PeakMemoryFit
+from adaptrain.policies.piece_time import PieceTimeFit
 
 
 class BatchSizeController(AdaptiveCallback):
@@ -62,7 +58,8 @@ class BatchSizeController(AdaptiveCallback):
     bit-reproducible runs give `micro_batch_size` as a number.
 
     Under data-parallel training no gradient is communicated before all ranks are done: they vote first, so that a rank
-    that runs out of memory does not leave the others waiting. Reducing does not overlap with backward.
+    that runs out of memory does not leave the others waiting. Reducing then does not overlap with backward; with
+    `overlap=True` it does in the last micro-batch, as in DDP.
 
     Args:
         micro_batch_size: Samples at once: `"auto"`, or a number to begin with and to grow back to after an error.
@@ -81,6 +78,12 @@ class BatchSizeController(AdaptiveCallback):
             `val_check_interval` keeps counting batches; a share of an epoch goes by samples. Changes are recorded and
             heard by `LearningRateController`; the size that training begins with is what the given rate belongs to. A
             schedule made for a number of steps does not know of later changes: let it go by epochs or by progress.
+        overlap: With several ranks, reduce gradients while the last backward of an optimizer step runs. Use it where
+            reducing takes long, as for a large model on a slow network, and memory is no close call. The ranks vote
+            before that backward: running out of memory earlier is survived, and in that backward too where no
+            micro-batch of its size had fitted before. Otherwise it is not deadlock-safe: the rank raises, and the
+            others wait until the process group's timeout. A parameter that a step does not use needs
+            `find_unused_parameters=True`, as in DDP; DDP's communication hook is used. No effect on a single rank.
         dry_run: Record what would be proposed first, change nothing: running out of memory raises.
         name: Tells two of them apart in a checkpoint.
 
@@ -98,25 +101,20 @@ class BatchSizeController(AdaptiveCallback):
         memory_fraction: float = 0.9,
         split: Split | None = None,
         global_batch_size: int | GlobalBatchSizePolicy | None = None,
+        overlap: bool = False,
         dry_run: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(dry_run=dry_run, name=name)
-        fixed = _checked_size(micro_batch_size)
-        if split_by not in ("tokens", "samples"):
-            raise ConfigurationError(f"split_by must be 'tokens' or 'samples', got {split_by!r}.")
-        if not callable(weight_by) and weight_by not in ("auto", "samples", "tokens"):
-            raise ConfigurationError(f"weight_by must be 'auto', 'samples', 'tokens' or a callable, got {weight_by!r}.")
-        if memory_limit_gib is not None and not (_is_number(memory_limit_gib) and memory_limit_gib > 0):
-            raise ConfigurationError(
-                f"memory_limit_gib must be a number of GiB greater than 0, got {memory_limit_gib!r}."
-            )
-        if not (_is_number(memory_fraction) and 0 < memory_fraction <= 1):
-            raise ConfigurationError(f"memory_fraction must be in (0, 1], got {memory_fraction!r}. The default is 0.9.")
-        if split is not None and not callable(split):
-            raise ConfigurationError(
-                f"split must be a callable (batch, micro_batch_size) -> micro-batches, got {split!r}."
-            )
+        fixed = check_arguments(
+            micro_batch_size=micro_batch_size,
+            split_by=split_by,
+            weight_by=weight_by,
+            memory_limit_gib=memory_limit_gib,
+            memory_fraction=memory_fraction,
+            split=split,
+            overlap=overlap,
+        )
         self.micro_batch_size = micro_batch_size
         self.split_by = split_by
         self.weight_by = weight_by
@@ -124,12 +122,15 @@ class BatchSizeController(AdaptiveCallback):
         self.memory_fraction = memory_fraction
         self.split = split
         self.global_batch_size = global_batch_size
+        self.overlap = overlap
         policy = global_batch_size_policy(global_batch_size)
         self._global = policy and GlobalBatchSize(
             policy, record=self._record_global, callback=type(self).__name__, dry_run=dry_run
         )
         self._policy = MicroBatchSizePolicy(fixed=fixed)
         self._fit = PeakMemoryFit()
+        # Times differ from run to run: where a number is given the cuts depend on the batch alone.
+        self._time_fit = PieceTimeFit() if fixed is None else None
         self._machine: dict[str, Any] | None = None
         self._engine: MicroBatching | None = None
         self._evaluation_policy = EvaluationSizePolicy()
@@ -149,21 +150,24 @@ class BatchSizeController(AdaptiveCallback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes over the closure."""
         super().on_fit_start(trainer, pl_module)
-        self._check_training(trainer, pl_module)
+        noise = self._global is not None and self._global.measures_noise
+        check_training(trainer, pl_module, overlap=self.overlap, measures_noise=noise, dry_run=self.dry_run)
         device = trainer.strategy.root_device
         memory = StepMemory(device, limit_gib=self.memory_limit_gib, fraction=self.memory_fraction)
-        self._check_memory(memory)
+        check_memory(memory, limit_gib=self.memory_limit_gib, fraction=self.memory_fraction)
         self._arrive(memory)
         self._engine = MicroBatching(
             pl_module,
             policy=self._policy,
             fit=self._fit,
+            time_fit=self._time_fit,
             memory=memory,
             ranks=Ranks(device),
             by_length=self.split_by == "tokens",
             weight_by=self.weight_by,
             split=self.split,
-            measure_noise=self._global is not None and self._global.measures_noise,
+            measure_noise=noise,
+            overlap=self.overlap,
             dry_run=self.dry_run,
         )
         self.on_exit(self._let_go)
@@ -194,7 +198,7 @@ class BatchSizeController(AdaptiveCallback):
         if self._global is not None:
             if trainer.loggers and not self.dry_run:
                 pl_module.log("adaptrain/global_batch_size", float(self._global.size))
-            self._global.batch_end(trainer, self._engine.noise)
+            self._global.batch_end(trainer, self._engine.noise, self._engine.samples)
 
     def _record_global(self, trainer: Any, proposal: Proposal, offer: bool) -> None:
         self.record(
@@ -214,6 +218,8 @@ class BatchSizeController(AdaptiveCallback):
         self._evaluation_policy.restart()
         if self._engine is not None:
             self._engine.forget()
+        if self._global is not None:
+            self._global.forget_speeds()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes over the steps, where no fit has."""
@@ -239,6 +245,7 @@ class BatchSizeController(AdaptiveCallback):
             "policy": self._policy.state_dict(),
             "evaluation": self._evaluation_policy.state_dict(),
             "fit": self._fit.state_dict(),
+            "time_fit": self._time_fit and self._time_fit.state_dict(),
             "machine": self._machine,
         }
         return state if self._global is None else state | {"global": self._global.state_dict()}
@@ -248,6 +255,8 @@ class BatchSizeController(AdaptiveCallback):
         self._policy.load_state_dict(state_dict["policy"])
         self._evaluation_policy.load_state_dict(state_dict["evaluation"])
         self._fit.load_state_dict(state_dict["fit"])
+        if self._time_fit is not None and state_dict["time_fit"] is not None:
+            self._time_fit.load_state_dict(state_dict["time_fit"])
         self._machine = state_dict["machine"]
         if self._global is not None and "global" in state_dict:
             self._global.load_state_dict(state_dict["global"])
@@ -259,6 +268,10 @@ class BatchSizeController(AdaptiveCallback):
             self._policy.restart()
             self._evaluation_policy.restart()
             self._fit.clear()
+            if self._time_fit is not None:
+                self._time_fit.clear()
+            if self._global is not None:
+                self._global.forget_speeds()
         self._machine = machine
 
     def _begin_evaluation(self, trainer: Any, pl_module: Any) -> None:
@@ -295,55 +308,3 @@ class BatchSizeController(AdaptiveCallback):
             reason=proposal.reason,
             readings={**proposal.readings, **where},
         )
-
-    def _check_training(self, trainer: Any, pl_module: nn.Module) -> None:
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-            raise ConfigurationError(
-                "BatchSizeController does not serve LBFGS, which runs the closure several times in one step."
-                " Use another optimizer, or leave this callback out."
-            )
-        parts = dict(pl_module.named_modules())
-        if trainer.world_size > 1:
-            synced = [name for name, part in parts.items() if isinstance(part, nn.SyncBatchNorm)]
-            if synced:
-                raise ConfigurationError(
-                    f"BatchSizeController does not serve SyncBatchNorm ({', '.join(synced)}): it waits for all ranks in"
-                    " forward, and ranks may run different numbers of micro-batches. Use another norm."
-                )
-            if not isinstance(trainer.strategy.model, nn.parallel.DistributedDataParallel):
-                raise ConfigurationError(
-                    f"BatchSizeController serves several ranks with DistributedDataParallel only, not with"
-                    f" {type(trainer.strategy).__name__}. Use strategy='ddp', or leave this callback out."
-                )
-        norms = [name for name, part in parts.items() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-        if norms and not self.dry_run:
-            warnings.warn(
-                f"BatchNorm computes its statistics per micro-batch, so that steps differ from unsplit ones:"
-                f" {', '.join(norms)}. LayerNorm or GroupNorm do not.",
-                stacklevel=2,
-            )
-
-    def _check_memory(self, memory: StepMemory) -> None:
-        memory.release()
-        used, limit = memory.used_bytes(), memory.limit_bytes()
-        if used < limit:
-            return
-        raise ConfigurationError(
-            f"The process uses {used / GIB:.2f} GiB before training has begun, and may use {limit / GIB:.2f} GiB"
-            f" (memory_limit_gib={self.memory_limit_gib}, memory_fraction={self.memory_fraction}). Raise the limit, or"
-            " use a smaller model or data set."
-        )
-
-
-def _checked_size(value: Any) -> int | None:
-    if value == "auto":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(
-            f"micro_batch_size must be 'auto' or a whole number of samples of at least 1, got {value!r}."
-        )
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

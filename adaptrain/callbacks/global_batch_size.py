@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,6 +49,8 @@ class GlobalBatchSize:
         self._pending: tuple[int, Proposal] | None = None
         self._is_loaded = False
         self._unmeasured = 0
+        self._began: float | None = None  # when the step under way did
+        self._samples = 0  # of this rank, in it
 
     def setup(self, trainer: Any) -> Callable[[], None] | None:
         """Takes over the training loader, before anything asks for its length.
@@ -58,7 +61,7 @@ class GlobalBatchSize:
         Raises:
             ConfigurationError: A size cannot be divided among ranks and accumulated batches.
         """
-        self._is_loaded, self._unmeasured = False, 0
+        self._is_loaded, self._unmeasured, self._began = False, 0, None
         self._unit = trainer.world_size * trainer.accumulate_grad_batches
         if any(hasattr(callback, "going_to_accumulate_grad_batches") for callback in trainer.callbacks):
             raise ConfigurationError(
@@ -106,6 +109,7 @@ class GlobalBatchSize:
 
     def epoch_start(self, trainer: Any) -> None:
         """A change that was to come in the last epoch holds from the first batch of this one."""
+        self._began, self._samples = time.perf_counter(), 0
         if self._pending is not None:
             self._apply(trainer)
 
@@ -114,15 +118,17 @@ class GlobalBatchSize:
         """Whether the policy wants gradient norms."""
         return isinstance(self._policy, GradientNoiseScale)
 
-    def batch_end(self, trainer: Any, noise: NoiseSample | None = None) -> None:
+    def batch_end(self, trainer: Any, noise: NoiseSample | None = None, samples: int = 0) -> None:
         """Asks the policy where the optimizer has stepped, and records a change that is next.
 
         Args:
             trainer: The trainer, in `on_train_batch_end`.
             noise: The step's gradient norms, where they could be taken.
+            samples: This rank's samples in the batch.
         """
         if isinstance(self._policy, GradientNoiseScale):
             self._observe(self._policy, trainer, noise)
+            self._time(self._policy, trainer, samples)
         if self._seam is not None:
             self._seam.batch_done()
         if not _lightning.at_step_boundary(trainer):
@@ -150,6 +156,24 @@ class GlobalBatchSize:
                 " on one rank. Give BatchSizeController a micro_batch_size below the loader's batch size.",
                 stacklevel=2,
             )
+
+    def _time(self, policy: GradientNoiseScale, trainer: Any, samples: int) -> None:
+        """Measures a step from the end of the one before, so that waiting for the loader counts."""
+        self._samples += samples
+        if policy.slowdown is None or not _lightning.at_step_boundary(trainer):
+            return
+        now, began, counted = time.perf_counter(), self._began, self._samples
+        self._began, self._samples = now, 0
+        # Until a change holds, steps are still of the old size, and the policy asks for those of the new one.
+        if began is None or self._pending is not None:
+            return
+        speeds = [counted / max(1e-9, now - began)]
+        policy.observe_speed(_lightning.all_reduce(speeds, op="sum", device=trainer.strategy.root_device)[0])
+
+    def forget_speeds(self) -> None:
+        """Measures speed anew: the model's structure, or the machine, is another one."""
+        if isinstance(self._policy, GradientNoiseScale):
+            self._policy.forget_speeds()
 
     def _ask(self, trainer: Any) -> None:
         proposal = self._policy.next(self._size, progress=_lightning.progress(trainer), unit=self._unit)

@@ -17,11 +17,12 @@ from adaptrain.execution.memory import GIB, StepMemory
 from adaptrain.execution.noise import NoiseProbe, NoiseSample
 from adaptrain.execution.plan import Split
 from adaptrain.execution.ranks import Ranks
-from adaptrain.execution.split import BatchLayout, batch_size, layout
+from adaptrain.execution.split import BatchLayout, Piece, batch_size, layout
 from adaptrain.execution.step import Failure, Outcome, StepRunner
 from adaptrain.execution.weight import WeightBy
 from adaptrain.policies.batch_size import Forecast, MicroBatchSizePolicy, Proposal
 from adaptrain.policies.peak_memory import PeakMemoryFit
+from adaptrain.policies.piece_time import PieceTimeFit
 
 _log = logging.getLogger(__name__)
 _CALM_STEPS = 20  # steps that fit again before memory counts as back
@@ -35,12 +36,15 @@ class MicroBatching:
         module: The module that is trained.
         policy: Decides the size.
         fit: Predicts memory.
+        time_fit: Learns what a micro-batch costs beside its tokens, so that batches are cut where it is cheapest; None:
+            micro-batches are even in size.
         memory: Measures it.
         ranks: The ranks of the run.
         by_length: Sort by length and trim padding where a batch allows it.
         weight_by: See `adaptrain.execution.weight.sample_weights`.
         split: The user's own split, or None.
         measure_noise: Take gradient norms at two batch sizes in each step, where it can be.
+        overlap: Reduce gradients while the last backward of a step runs; see `StepRunner`.
         dry_run: Run every batch as Lightning does; only propose.
     """
 
@@ -50,17 +54,21 @@ class MicroBatching:
         *,
         policy: MicroBatchSizePolicy,
         fit: PeakMemoryFit,
+        time_fit: PieceTimeFit | None = None,
         memory: StepMemory,
         ranks: Ranks,
         by_length: bool,
         weight_by: WeightBy,
         split: Split | None = None,
         measure_noise: bool = False,
+        overlap: bool = False,
         dry_run: bool = False,
     ) -> None:
         self.proposals: list[Proposal] = []
+        self.samples = 0  # of the batch just run, on this rank
         self._policy = policy
         self._module = module
+        self._time_fit = time_fit
         self._memory = memory
         self._memory_forecast = MemoryForecast(memory, fit)
         self._ranks = ranks
@@ -69,7 +77,13 @@ class MicroBatching:
         self._dry_run = dry_run
         self._noise = NoiseProbe(module, ranks) if measure_noise else None
         self._runner = StepRunner(
-            module, ranks=ranks, weight_by=weight_by, split=split, report=memory.report, noise=self._noise
+            module,
+            ranks=ranks,
+            weight_by=weight_by,
+            split=split,
+            report=memory.report,
+            noise=self._noise,
+            overlap=overlap,
         )
         # Rotary embeddings know positions relative to each other: padding on the left may go.
         self._trim_left = any(name.endswith("inv_freq") for name, _ in module.named_buffers())
@@ -96,6 +110,8 @@ class MicroBatching:
         """Measures anew: the model has changed."""
         self._policy.restart()
         self._memory_forecast.forget()
+        if self._time_fit is not None:
+            self._time_fit.clear()
         self._smallest_cap = math.inf
         self._calm = None
         self._longest = 1
@@ -110,7 +126,7 @@ class MicroBatching:
             What goes back to Lightning.
         """
         shape = self._layout(step.batch)
-        samples = shape.size if shape is not None else batch_size(step.batch) or 0
+        samples = self.samples = shape.size if shape is not None else batch_size(step.batch) or 0
         if not self._steps:
             self._begin(samples)
         self._memory_forecast.look()
@@ -128,15 +144,19 @@ class MicroBatching:
         scarce = capped and self._memory_forecast.knows(wanted, length)
         if shape is not None and self._policy.fixed is None and self._memory_forecast.is_blind:
             cap = max(1, min(cap, samples // _FIRST_SHARE))
-        measures = self._memory_forecast.start(min(cap, samples), length, size=size)
+        largest = (cap, 1) if shape is None else _largest(shape.pieces(min(size, cap)))
+        measures = self._memory_forecast.start(*largest, size=size)
+        timed = self._time_fit is not None and (measures or self._policy.is_searching)
         began = time.perf_counter()
         notes = [float(samples), -float(cap) if capped else -math.inf, float(scarce)]
-        outcome = self._runner.run(step, shape, min(size, cap), shrink=self._shrink, notes=notes)
+        outcome = self._runner.run(step, shape, min(size, cap), shrink=self._shrink, notes=notes, timed=timed)
         if measures:
             self._memory_forecast.stop()
         seconds = time.perf_counter() - began
         if measures and shape is not None and not outcome.failures:
             self._learn(step, outcome, length)
+        if shape is not None and not outcome.failures and self._steps > 1:
+            self._learn_times(outcome)
         self._say_cap(-outcome.maxima[1], bool(outcome.maxima[2]), length)
         self._ask(outcome, shape, samples, seconds)
         return outcome.result
@@ -154,7 +174,8 @@ class MicroBatching:
     def _layout(self, batch: Any) -> BatchLayout | None:
         if self._split is not None:
             return None
-        shape = layout(batch, by_length=self._by_length, trim_left=self._trim_left)
+        cost = self._time_fit.piece_cost if self._time_fit is not None else None
+        shape = layout(batch, by_length=self._by_length, trim_left=self._trim_left, piece_cost=cost)
         if shape is None and "whole" not in self._said:
             self._said.add("whole")
             warnings.warn(
@@ -190,9 +211,13 @@ class MicroBatching:
         if step.zeroes_gradients and not step.ends_window:
             # The next batches of the accumulation window have the gradients so far beside their own.
             beside = sum(p.nbytes for p in self._module.parameters() if p.requires_grad)
-        largest = max(outcome.pieces, key=lambda piece: piece.size * piece.length)
-        self._memory_forecast.learn(largest, beside_bytes=beside)
+        self._memory_forecast.learn(*_largest(outcome.pieces), beside_bytes=beside)
         self._longest = max(self._longest, length)
+
+    def _learn_times(self, outcome: Outcome) -> None:
+        if self._time_fit is not None:
+            for number, seconds in outcome.seconds.items():
+                self._time_fit.observe(outcome.pieces[number].size * outcome.pieces[number].length, seconds)
 
     def _say_cap(self, cap: float, is_scarce: bool, length: int) -> None:
         """Records when a batch runs in smaller pieces than the size in force, and when that is over.
@@ -249,3 +274,9 @@ class MicroBatching:
         limit = self._memory_forecast.limit_bytes
         most, limit = self._ranks.maxima([-1.0 if predicted is None else predicted, -limit])
         return Forecast(None if most < 0 else most / GIB, -limit / GIB)
+
+
+def _largest(pieces: list[Piece]) -> tuple[int, int]:
+    """The samples and columns of the micro-batch that takes the most memory, as far as its tokens tell."""
+    largest = max(pieces, key=lambda piece: piece.size * piece.length)
+    return largest.size, largest.length

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 from torch import nn
 
 from adaptrain.errors import ConfigurationError
-from adaptrain.execution.oom import attempt, release_memory
+from adaptrain.execution.oom import DoesNotFitError, attempt, does_not_fit, release_memory
 from adaptrain.execution.plan import Plan, Split, make_plan
 from adaptrain.execution.split import Piece, batch_size, copy_containers, elements_per_sample, layout
-from adaptrain.execution.step import DoesNotFitError, does_not_fit
 from adaptrain.execution.transaction import Transaction
 from adaptrain.execution.weight import WeightBy
 from adaptrain.policies.batch_size import Proposal

@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 from adaptrain.execution.memory import StepMemory
-from adaptrain.execution.split import Piece
 from adaptrain.policies.peak_memory import PeakMemoryFit
 
 _LOOK_SHARE = 0.01  # of the time goes into looks at what others leave, at most; one takes about 0.2 ms on the host
@@ -102,11 +101,12 @@ class MemoryForecast:
         """Ends the measurement: `peak_bytes` is the step's."""
         self.peak_bytes = self._memory.stop()
 
-    def learn(self, piece: Piece, *, beside_bytes: int = 0) -> None:
+    def learn(self, samples: int, length: int, *, beside_bytes: int = 0) -> None:
         """Takes in the measured step.
 
         Args:
-            piece: Its largest micro-batch.
+            samples: Samples of its largest micro-batch.
+            length: Columns of it.
             beside_bytes: What other steps have in use beside what this one had.
         """
         # The first step also takes what stays: gradients, workspaces of libraries. It counts until there is a second.
@@ -116,4 +116,4 @@ class MemoryForecast:
         elif self._steps == 1:
             self._before = self._fit.state_dict()
         added = self._memory.added_bytes(self.peak_bytes) + beside_bytes
-        self._fit.observe(piece.size, piece.length, added_bytes=added)
+        self._fit.observe(samples, length, added_bytes=added)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptrain.policies.partition import cheapest_bounds, even_bounds
+
 IGNORED = -100  # the label that PyTorch's and Hugging Face's losses leave out
 
 
@@ -46,6 +48,7 @@ class BatchLayout:
             split by length.
         order: The rows by falling length; None where they stay as they are.
         whole: Paths of tensors that look like sequences and are not: never trimmed.
+        piece_cost: What a micro-batch costs beside its tokens, in tokens; None where that is not known.
     """
 
     size: int
@@ -53,12 +56,23 @@ class BatchLayout:
     spans: Sequence[tuple[int, int]] | None = None
     order: Sequence[int] | None = None
     whole: frozenset[tuple[Any, ...]] = field(default_factory=frozenset)
+    piece_cost: float | None = None
+    _known: dict[int, list[Piece]] = field(default_factory=dict, repr=False, compare=False)
 
     def pieces(self, micro_batch_size: int) -> list[Piece]:
-        """Returns the micro-batches of at most `micro_batch_size` samples, even in size, longest first."""
-        count = -(-self.size // max(1, micro_batch_size))
-        bounds = [self.size * index // count for index in range(count + 1)]
-        return [self._piece(first, last) for first, last in itertools.pairwise(bounds)]
+        """Returns the micro-batches of at most `micro_batch_size` samples, longest first.
+
+        They are even in size; or the cheapest together, where the batch is sorted by length and `piece_cost` is known.
+        """
+        most = max(1, micro_batch_size)
+        if most not in self._known:
+            if self.spans is not None and self.piece_cost is not None:
+                rows = self.order if self.order is not None else range(self.size)
+                bounds = cheapest_bounds([self.spans[r][1] - self.spans[r][0] for r in rows], most, self.piece_cost)
+            else:
+                bounds = even_bounds(0, self.size, most)
+            self._known[most] = [self._piece(first, last) for first, last in itertools.pairwise(bounds)]
+        return self._known[most]
 
     def _piece(self, first: int, last: int) -> Piece:
         if self.spans is None:
@@ -139,7 +153,9 @@ def copy_containers(batch: Any) -> Any:
     return batch
 
 
-def layout(batch: Any, *, by_length: bool, trim_left: bool = False) -> BatchLayout | None:
+def layout(
+    batch: Any, *, by_length: bool, trim_left: bool = False, piece_cost: float | None = None
+) -> BatchLayout | None:
     """Reads a batch's shape, and its lengths where it is to be split by length.
 
     A sample's length comes from the first `attention_mask` of shape (samples, columns). A column with a label that
@@ -152,6 +168,7 @@ def layout(batch: Any, *, by_length: bool, trim_left: bool = False) -> BatchLayo
         batch: What the loader yields.
         by_length: Sort by length and trim padding; where there is no mask, the rows stay as they are.
         trim_left: The model knows positions only relative to each other (rotary embeddings).
+        piece_cost: See `BatchLayout`.
 
     Returns:
         The layout, or None where the batch cannot be split (see `batch_size`).
@@ -188,7 +205,7 @@ def layout(batch: Any, *, by_length: bool, trim_left: bool = False) -> BatchLayo
         return BatchLayout(size, length=columns)
     order = sorted(range(size), key=lambda row: -lengths[row])
     whole = frozenset(path for leaf, path in _leaves(batch) if _only_looks_like_sequence(leaf, used))
-    return BatchLayout(size, columns, spans, order if order != list(range(size)) else None, whole)
+    return BatchLayout(size, columns, spans, order if order != list(range(size)) else None, whole, piece_cost)
 
 
 def _only_looks_like_sequence(leaf: Any, used: Tensor) -> bool:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from adaptrain.execution.embedding import SparseAccumulation
 from adaptrain.execution.noise import NoiseProbe
-from adaptrain.execution.oom import attempt, release_memory
+from adaptrain.execution.oom import DoesNotFitError, attempt, does_not_fit, release_memory
+from adaptrain.execution.overlap import LastBackwardError, ProvenSizes
 from adaptrain.execution.plan import Plan, Split, make_plan
 from adaptrain.execution.ranks import Ranks
 from adaptrain.execution.split import BatchLayout, Piece
 from adaptrain.execution.transaction import Transaction
 from adaptrain.execution.weight import WeightBy
+
+# The loss, the other outputs by micro-batch, and the last micro-batch's loss where its backward is still to come.
+_Computed = tuple[Tensor | None, list[tuple[int, dict[str, Any]]], Tensor | None]
 
 
 class Step(Protocol):
@@ -28,6 +35,8 @@ class Step(Protocol):
     def forward(self, batch: Any) -> Any: ...  # noqa: D102
     def zero_grad(self) -> None: ...  # noqa: D102
     def backward(self, loss: Tensor) -> None: ...  # noqa: D102
+    def backward_and_reduce(self, loss: Tensor) -> None: ...  # noqa: D102
+    def reduced_without_ddp(self) -> None: ...  # noqa: D102
     def result(self, loss: Tensor | None, extra: dict[str, Any]) -> Any: ...  # noqa: D102
     def logged(self) -> Any: ...  # noqa: D102
     def local(self) -> contextlib.AbstractContextManager[None]: ...  # noqa: D102
@@ -55,16 +64,14 @@ class Outcome:
         pieces: The micro-batches that ran.
         failures: The attempts before, in order.
         maxima: The largest of all ranks' `notes`, in the order they were given.
+        seconds: Of each micro-batch's forward and backward pass, where they were timed; by its place in `pieces`.
     """
 
     result: Any
     pieces: list[Piece]
     failures: list[Failure]
     maxima: list[float]
-
-
-class DoesNotFitError(RuntimeError):
-    """A single sample, or a batch that cannot be split, does not fit into the memory there is."""
+    seconds: dict[int, float] = field(default_factory=dict)
 
 
 class StepRunner:
@@ -75,9 +82,14 @@ class StepRunner:
     data-parallel training the whole is what all ranks hold, as if one process had seen the global batch. Dropout
     draws other masks than in the unsplit step: there the two are equal in distribution only.
 
+    With `overlap` the ranks vote before the last backward of a window, and it reduces the gradients as they come. It
+    cannot be taken back; so where that micro-batch is larger, on any rank, than what has fitted before, its backward
+    runs alone and the ranks vote once more.
+
     Args:
         module: The module that is trained.
         ranks: The ranks of the run.
+        overlap: Reduce gradients while the last backward runs.
         weight_by: See `sample_weights`; or a callable that returns the weight of a micro-batch.
         split: `split(batch, micro_batch_size)` returns micro-batches; None: by the batch's layout.
         report: Returns a description of memory, for the error when a single sample does not fit.
@@ -93,6 +105,7 @@ class StepRunner:
         split: Split | None = None,
         report: Callable[[], str] = lambda: "",
         noise: NoiseProbe | None = None,
+        overlap: bool = False,
     ) -> None:
         self._module = module
         self._noise = noise
@@ -102,6 +115,10 @@ class StepRunner:
         self._report = report
         self._transaction = Transaction(module)
         self._zeroed = False
+        self._embeddings = SparseAccumulation(module)
+        self._seconds: dict[int, float] = {}
+        self._overlap = overlap and ranks.count > 1
+        self._proven = ProvenSizes()
 
     def run(
         self,
@@ -111,6 +128,7 @@ class StepRunner:
         *,
         shrink: Callable[[Failure], int],
         notes: Sequence[float] = (),
+        timed: bool = False,
     ) -> Outcome:
         """Runs one step, again and smaller for as long as memory runs out on any rank.
 
@@ -120,15 +138,18 @@ class StepRunner:
             micro_batch_size: Samples at once.
             shrink: Asked after a failed attempt for the samples at once of the next; the same on every rank.
             notes: Numbers of this rank whose maximum over the ranks the caller wants, without another collective.
+            timed: Time every micro-batch; a CUDA device is waited for.
 
         Returns:
             The outcome.
 
         Raises:
             DoesNotFitError: A single sample, or a batch that cannot be split, does not fit.
+            LastBackwardError: Memory ran out on this rank while gradients were reduced.
         """
         can_split = layout is not None or self._split is not None
         failures: list[Failure] = []
+        hold_last = self._overlap and step.ends_window
         self._zeroed = False
         self._transaction.begin(hold_gradients=not step.zeroes_gradients)
         try:
@@ -143,19 +164,27 @@ class StepRunner:
                 )
                 logged = step.logged()
                 scale = self._scale(plan)
-                done, message = self._attempt(step, plan, scale, logged)
-                ran_out, largest, *maxima = self._ranks.maxima([message is not None, plan.largest, *notes])
+                done, message = self._attempt(step, plan, scale, logged, hold_last=hold_last, timed=timed)
+                is_new = hold_last and not self._proven.covers(plan.pieces[_last_that_counts(plan)])
+                ran_out, largest, any_new, *maxima = self._ranks.maxima(
+                    [message is not None, plan.largest, is_new, *notes]
+                )
+                if any_new and not ran_out:
+                    done, message = self._last_backward(step, done, logged)
+                    ran_out = self._ranks.maxima([message is not None])[0]
                 if not ran_out:
                     break
                 done = None
                 release_memory()
                 self._transaction.rollback()
+                self._proven.clear()
                 if not can_split or min(largest, micro_batch_size) <= 1:
                     raise DoesNotFitError(does_not_fit(layout, can_split, self._report(), message))
                 failures.append(Failure(int(largest), message or ""))
                 shrunk = shrink(failures[-1])
-                # A rank may have run fewer samples at once than the others: where it ran out, half of that is next.
-                micro_batch_size = min(shrunk, max(1, plan.largest // 2)) if message is not None else shrunk
+                # A rank may run fewer samples at once than the others: no more than that, and half where it ran out.
+                most = micro_batch_size if message is None else max(1, plan.largest // 2)
+                micro_batch_size = min(shrunk, most)
         except BaseException:
             self._transaction.abort()
             raise
@@ -168,13 +197,20 @@ class StepRunner:
                 ends_window=step.ends_window,
                 scale=scale,
             )
+        loss, outputs, held = done or (None, [], None)
+        if held is not None:
+            self._reduce(step, held, logged)
+        self._proven.add(plan.pieces)
         if step.ends_window:
-            self._ranks.average_gradients(self._module.parameters())
+            self._proven.stepped()
+            if held is None:
+                self._ranks.average_gradients(self._module.parameters())
+                if self._overlap:
+                    step.reduced_without_ddp()
             if self._noise is not None:
                 self._noise.after_average(own)
         logged.flush()
-        loss, outputs = done or (None, [])
-        return Outcome(step.result(loss, plan.join(outputs)), plan.pieces, failures, maxima)
+        return Outcome(step.result(loss, plan.join(outputs)), plan.pieces, failures, maxima, self._seconds)
 
     def _scale(self, plan: Plan) -> float:
         """The factor from a share of this rank's weight to a share of all ranks', before ranks are averaged."""
@@ -184,30 +220,60 @@ class StepRunner:
         return self._ranks.count * plan.total / everyone
 
     def _attempt(
-        self, step: Step, plan: Plan, scale: float, logged: Any
-    ) -> tuple[tuple[Tensor | None, list[tuple[int, dict[str, Any]]]] | None, str | None]:
+        self, step: Step, plan: Plan, scale: float, logged: Any, *, hold_last: bool, timed: bool
+    ) -> tuple[_Computed | None, str | None]:
         """Returns what was computed, or the out-of-memory error's message."""
         with step.local() if self._ranks.count > 1 else contextlib.nullcontext(), logged.capture():
-            return attempt(lambda: self._micro_batches(step, plan, scale, logged))
+            return attempt(lambda: self._micro_batches(step, plan, scale, logged, hold_last=hold_last, timed=timed))
+
+    def _last_backward(self, step: Step, done: _Computed | None, logged: Any) -> tuple[_Computed | None, str | None]:
+        """Runs the backward that was held back by itself, so that it can still be taken back."""
+        assert done is not None
+        loss, outputs, held = done
+        assert held is not None
+        with step.local(), logged.capture():
+            _, message = attempt(lambda: step.backward(held))
+        return ((loss, outputs, None), None) if message is None else (None, message)
+
+    def _reduce(self, step: Step, held: Tensor, logged: Any) -> None:
+        """Runs the backward that was held back; after it every rank has the gradients' mean."""
+        with logged.capture():
+            _, message = attempt(lambda: step.backward_and_reduce(held))
+        if message is not None:
+            raise LastBackwardError(self._report(), message)
 
     def _micro_batches(
-        self, step: Step, plan: Plan, scale: float, logged: Any
-    ) -> tuple[Tensor | None, list[tuple[int, dict[str, Any]]]]:
+        self, step: Step, plan: Plan, scale: float, logged: Any, *, hold_last: bool, timed: bool
+    ) -> _Computed:
         total: Tensor | None = None
         outputs = []
+        held: Tensor | None = None
+        last = _last_that_counts(plan) if hold_last else None
+        self._seconds = {}
         if self._noise is not None:
             self._noise.begin()
         for number, micro_batch, share in plan:
             logged.next_piece(share)
-            output = step.forward(micro_batch)
-            if not self._zeroed:
-                # As Lightning does, between forward and backward; once, since an attempt taken back leaves no gradient.
-                step.zero_grad()
-                self._zeroed = True
-            if output.closure_loss is None:
-                continue
-            factor = share * scale
-            step.backward(output.closure_loss if factor == 1.0 else output.closure_loss * factor)
+            began = self._clock() if timed else 0.0
+            # What the step before has left is zeroed after the first forward pass: there is nothing to add to yet.
+            with self._embeddings.adding() if self._zeroed else contextlib.nullcontext():
+                output = step.forward(micro_batch)
+                if not self._zeroed:
+                    # As Lightning does, between forward and backward; once: an attempt taken back leaves no gradient.
+                    step.zero_grad()
+                    self._zeroed = True
+                if output.closure_loss is None:
+                    if number == last:
+                        raise RuntimeError("training_step returned None. With overlap=True it must return a loss.")
+                    continue
+                factor = share * scale
+                weighted = output.closure_loss if factor == 1.0 else output.closure_loss * factor
+                if number == last:
+                    held = weighted
+                else:
+                    step.backward(weighted)
+            if timed and number != last:
+                self._seconds[number] = self._clock() - began
             loss = output.loss if share == 1.0 else output.loss * share
             total = loss if total is None else total + loss
             outputs.append((number, output.extra))
@@ -215,26 +281,14 @@ class StepRunner:
                 self._noise.micro_batch(plan.pieces[number].size, share)
         if self._noise is not None:
             self._noise.batch(sum(piece.size for piece in plan.pieces))
-        return total, outputs
+        return total, outputs, held
+
+    def _clock(self) -> float:
+        if torch.device(self._ranks.device).type == "cuda":
+            torch.cuda.synchronize(self._ranks.device)
+        return time.perf_counter()
 
 
-def does_not_fit(
-    layout: BatchLayout | None, can_split: bool, report: str, message: str | None, *, stage: str | None = None
-) -> str:
-    """Returns the text of a `DoesNotFitError`.
-
-    Args:
-        layout: The layout of what did not fit, where there is one.
-        can_split: Whether it was a single sample; else it is a batch that cannot be split.
-        report: A description of memory.
-        message: The error's first line; None where another rank ran out.
-        stage: The stage of evaluation; None in training.
-    """
-    what = "A single sample" if can_split else "A batch that cannot be split into samples"
-    length = f" ({layout.length} columns)" if layout is not None and layout.length > 1 else ""
-    training = " gradient checkpointing, an optimizer with less state," if stage is None else ""
-    return (
-        f"{what}{length} does not fit into memory{'' if stage is None else f' in {stage}'}. {report} The error was:"
-        f" {message or 'on another rank'}\nWhat to try: shorter sequences or smaller inputs, a lower precision,"
-        f"{training} a smaller model, or a higher memory_limit_gib where that is what limits."
-    )
+def _last_that_counts(plan: Plan) -> int:
+    """The number of the last micro-batch that runs."""
+    return max(number for number, share in enumerate(plan.shares) if share)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from adaptrain.execution.oom import attempt, release_memory
-from adaptrain.execution.step import DoesNotFitError
+from adaptrain.execution.oom import DoesNotFitError, attempt, release_memory
 
 
 class Transfer:

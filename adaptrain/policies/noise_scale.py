@@ -9,7 +9,10 @@ from typing import Any
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.policies.batch_size import Proposal
+from adaptrain.policies.batch_speed import SpeedCheck
 from adaptrain.policies.global_batch_size import GlobalBatchSizePolicy, check_size, is_number
+
+_HOLD = 20  # a size that was too slow is not tried again for this many times `every` measured steps
 
 
 @dataclass
@@ -80,6 +83,11 @@ class GradientNoiseScale(GlobalBatchSizePolicy):
     it is below √2/4 of it; between the two, a factor of 4 apart, it stays, so that it does not swing. A dry run
     measures nothing: it runs no micro-batches.
 
+    A growth is on trial: where the median samples/s of 20 steps at the new size are more than `slowdown` below those at
+    the old one, it is taken back, with both numbers in the record. That size is tried again after 20·`every` measured
+    steps, or when the model's structure or the machine has changed. Speeds are measured: for runs that can be repeated
+    exactly give `slowdown=None`.
+
     Micro-batches sorted by length are no random sample of the batch: with `split_by="tokens"` the small gradient on one
     rank is that of the longest texts. Use `split_by="samples"` where lengths differ much.
 
@@ -88,12 +96,21 @@ class GradientNoiseScale(GlobalBatchSizePolicy):
         minimum: The fewest; None: the loader's.
         every: Measured steps between two changes, and before the first.
         smoothing: The weight of the past in the moving averages over measured steps, in [0, 1).
+        slowdown: The share of samples/s that a growth may cost, in (0, 1); None: growth does not look at speed.
 
     Raises:
         ConfigurationError: A value is out of its range.
     """
 
-    def __init__(self, *, maximum: int, minimum: int | None = None, every: int = 50, smoothing: float = 0.95) -> None:
+    def __init__(
+        self,
+        *,
+        maximum: int,
+        minimum: int | None = None,
+        every: int = 50,
+        smoothing: float = 0.95,
+        slowdown: float | None = 0.2,
+    ) -> None:
         check_size("GradientNoiseScale: maximum", maximum)
         if minimum is not None:
             check_size("GradientNoiseScale: minimum", minimum)
@@ -104,13 +121,20 @@ class GradientNoiseScale(GlobalBatchSizePolicy):
         check_size("GradientNoiseScale: every", every, what="steps")
         if not (is_number(smoothing) and 0 <= smoothing < 1):
             raise ConfigurationError(f"GradientNoiseScale: smoothing must be in [0, 1), got {smoothing!r}.")
+        if slowdown is not None and not (is_number(slowdown) and 0 < slowdown < 1):
+            raise ConfigurationError(
+                f"GradientNoiseScale: slowdown must be a share of samples/s in (0, 1) or None, got {slowdown!r}."
+            )
         self.maximum = maximum
         self.minimum = minimum
         self.every = every
         self.smoothing = smoothing
         self.scale = NoiseScale(smoothing)
+        self.slowdown = slowdown
+        self.speed = SpeedCheck(slowdown, hold=_HOLD * every)
         self._least: int | None = minimum
         self._quiet = 0
+        self._next: tuple[int, int, bool] | None = None  # the last answer: from, to, and whether it is a way back
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -129,9 +153,26 @@ class GradientNoiseScale(GlobalBatchSizePolicy):
             small=small, small_squared_norm=small_squared_norm, big=big, big_squared_norm=big_squared_norm
         )
         self._quiet += 1
+        self.speed.measured()
+
+    def observe_speed(self, samples_per_s: float) -> None:
+        """Takes in the speed of one optimizer step, in samples per second over all ranks, at the size in force."""
+        self.speed.observe(samples_per_s)
+
+    def forget_speeds(self) -> None:
+        """Forgets the speeds, and what was too slow: the model, or the machine, is another one."""
+        self.speed.forget()
 
     def next(self, size: int, *, progress: float, unit: int) -> Proposal | None:
-        """Returns a doubling or halving that the noise scale asks for, or the way back into the bounds."""
+        """Returns a doubling or halving that the noise scale asks for, or a way back: from too slow, or into bounds."""
+        back = self.speed.back(size)
+        if back is not None and back.new % unit:  # a resumed run may have another number of ranks
+            back = None
+        proposal = back or self._by_noise(size, unit)
+        self._next = None if proposal is None else (proposal.old, proposal.new, back is not None)
+        return proposal
+
+    def _by_noise(self, size: int, unit: int) -> Proposal | None:
         least = self._least if self._least is not None else size
         new = min(self.maximum, max(least, size))
         reason = f"{size} samples are outside of the bounds {least} to {self.maximum}."
@@ -140,7 +181,7 @@ class GradientNoiseScale(GlobalBatchSizePolicy):
             if value is None or self._quiet < self.every:
                 return None
             if value > math.sqrt(2) * size:
-                new = min(self.maximum, 2 * size)
+                new = self._grown(size, unit)
             elif value < math.sqrt(2) / 4 * size and size // 2 >= least and not (size // 2) % unit:
                 new = size // 2
             if new == size:
@@ -152,13 +193,26 @@ class GradientNoiseScale(GlobalBatchSizePolicy):
             readings["noise_scale"] = value
         return Proposal(size, new, reason, readings)
 
+    def _grown(self, size: int, unit: int) -> int:
+        """Twice the size, within the bounds, and no further than is fast."""
+        if not self.speed.is_ready:
+            return size
+        new = min(self.maximum, 2 * size)
+        return new if self.speed.ceiling is None else max(size, min(new, self.speed.ceiling // unit * unit))
+
     def changed(self) -> None:
         """Waits for `every` measured steps again."""
         self._quiet = 0
+        if self._next is not None:
+            old, new, is_back = self._next
+            self.speed.changed(old, new, is_back=is_back)
+            self._next = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the averages and how long ago the size changed."""
-        return {"scale": vars(self.scale).copy(), "least": self._least, "quiet": self._quiet}
+        return {"scale": vars(self.scale).copy(), "least": self._least, "quiet": self._quiet} | {
+            "speed": self.speed.state_dict()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on with them; arguments stay those given now."""
@@ -166,3 +220,5 @@ class GradientNoiseScale(GlobalBatchSizePolicy):
         self.scale.smoothing = self.smoothing
         self._least = self.minimum if self.minimum is not None else state["least"]
         self._quiet = int(state["quiet"])
+        if "speed" in state:
+            self.speed.load_state_dict(state["speed"])

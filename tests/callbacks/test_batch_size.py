@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch
 import numpy as np
@@ -406,6 +407,28 @@ def test_a_limit_already_exceeded_is_refused_before_training(tmp_path: Path) -> 
     with pytest.raises(ConfigurationError, match=r"uses .* GiB before training .*memory_limit_gib=0\.01"):
         fit(module, tmp_path, BatchSizeController(memory_limit_gib=0.01))
     assert module.losses == []
+
+
+@pytest.mark.parametrize("namespace", [pytorch_lightning, lightning.pytorch])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy"])
+def test_strategies_that_shard_are_refused_before_training(namespace, name: str) -> None:
+    # Lightning's own classes; their constructors want GPUs or packages that are not here.
+    strategy = object.__new__(getattr(namespace.strategies, name))
+    trainer = SimpleNamespace(strategy=strategy, callbacks=[], world_size=2)
+    module = TextModule()
+    for stage in ("fit", "validate", "test", "predict"):
+        with pytest.raises(ConfigurationError, match=rf"{name}.*sharded over the ranks.*strategy='auto' or 'ddp'"):
+            BatchSizeController().setup(trainer, module, stage)
+
+
+def test_a_strategy_that_shards_is_refused_by_fit(tmp_path: Path) -> None:
+    class FSDPLike(type(quiet_trainer(tmp_path).strategy)):
+        pass
+
+    module = TextModule()
+    with pytest.raises(ConfigurationError, match=r"FSDPLike.*sharded over the ranks"):
+        fit(module, tmp_path, BatchSizeController(), strategy=FSDPLike(device="cpu"))
+    assert not module.losses
 
 
 def test_lbfgs_and_manual_optimization_are_refused(tmp_path: Path) -> None:

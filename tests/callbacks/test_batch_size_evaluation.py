@@ -17,7 +17,7 @@ from transformers import BatchEncoding
 
 from adaptrain import BatchSizeController
 from adaptrain.callbacks.base import decision_log
-from adaptrain.execution.step import DoesNotFitError
+from adaptrain.execution.oom import DoesNotFitError
 from tests.toys import TextModule, language_model_samples, quiet_trainer, text_loader, text_samples, tiny_bert, weights
 
 OOM = "CUDA out of memory. Tried to allocate 2.00 GiB"

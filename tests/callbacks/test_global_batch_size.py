@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,8 @@ def test_the_noise_scale_is_measured_from_micro_batches(settings: dict[str, Any]
 
 def test_the_batch_grows_to_the_noise_and_no_further(tmp_path: Path) -> None:
     samples, truth = known_noise(64.0)
-    policy = GradientNoiseScale(maximum=1024, minimum=8, every=40, smoothing=0.98)
+    # Speed on a busy machine is no part of this.
+    policy = GradientNoiseScale(maximum=1024, minimum=8, every=40, smoothing=0.98, slowdown=None)
     controller = BatchSizeController(micro_batch_size=4, global_batch_size=policy)
     rate = LearningRateController(align=False, cap=False, plateau=False, recover=False, guard=False)
     trainer = quiet_trainer(tmp_path, callbacks=[controller, rate], max_epochs=4)
@@ -250,6 +252,32 @@ def test_the_batch_grows_to_the_noise_and_no_further(tmp_path: Path) -> None:
     assert made[-1].readings["noise_scale"] == pytest.approx(truth, rel=0.8)
     assert "noise scale" in made[-1].reason
     assert rate.factors["batch"] > 1.5
+
+
+class SlowWhenLarge(KnownNoise):
+    """As where memory is swapped: a sample costs eight times as much in steps above 16 samples."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        time.sleep(len(batch) * (0.004 if len(batch) > 16 else 0.0005))
+
+
+def test_a_growth_that_costs_speed_is_taken_back_and_the_learning_rate_follows(tmp_path: Path) -> None:
+    samples, _ = known_noise(64.0, count=1800)
+    policy = GradientNoiseScale(maximum=64, minimum=8, every=25, slowdown=0.5)
+    controller = BatchSizeController(micro_batch_size=4, global_batch_size=policy)
+    rate = LearningRateController(
+        align=False, cap=False, plateau=False, recover=False, guard=False, batch_scaling="sqrt"
+    )
+    trainer = quiet_trainer(tmp_path, callbacks=[controller, rate])
+    module = SlowWhenLarge()
+    trainer.fit(module, DataLoader(samples, batch_size=8, shuffle=True))  # type: ignore[arg-type]
+    made = decisions(trainer)
+    assert [(d.old, d.new) for d in made] == [(8, 16), (16, 32), (32, 16)]
+    assert module.rows.count(4) > 0
+    assert made[2].step - made[1].step == 20
+    assert made[2].readings["samples_per_s"] < 0.5 * made[2].readings["samples_per_s_before"]
+    assert made[2].readings["samples_per_s"] < 1 / 0.004
+    assert rate.factors["batch"] == pytest.approx(2**0.5, rel=1e-3)
 
 
 def test_where_nothing_can_be_measured_it_says_so(tmp_path: Path) -> None:
@@ -400,6 +428,36 @@ def test_checkpoints_without_it_are_refused(tmp_path: Path) -> None:
 # Two ranks -----------------------------------------------------------------------------------------------------------
 
 
+class SaveAt(pl.Callback):
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def fit_with_workers(folder: Path, *, resume: bool) -> dict[str, Any]:
+    """On two ranks, with workers that persist, and without the last smaller batch; saves in the middle of epoch 1."""
+    module = Numbered()
+    ramp = BatchSizeRamp(begin=8, end=24, until=0.6)
+    saves = [] if resume else [SaveAt(10, folder / "middle.ckpt")]
+    trainer = quiet_trainer(
+        folder,
+        strategy="ddp",
+        devices=2,
+        callbacks=[BatchSizeController(micro_batch_size=3, global_batch_size=ramp), *saves],
+        max_epochs=3,
+    )
+    loader = DataLoader(numbered(), batch_size=8, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
+    trainer.fit(module, loader, ckpt_path=str(folder / "middle.ckpt") if resume else None)
+    return {
+        "seen": module.seen,
+        "weights": weights(module),
+        "decisions": [(d.step, d.old, d.new) for d in decisions(trainer)],
+    }
+
+
 def worker(rank: int, folder: str, port: int) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -436,6 +494,7 @@ def worker(rank: int, folder: str, port: int) -> None:
     except ConfigurationError as error:
         refused = str(error)
     result = {
+        "workers": [fit_with_workers(Path(folder), resume=resume) for resume in (False, True)],
         "weights": weights(module),
         "seen": module.seen,
         "refused": refused,
@@ -467,6 +526,22 @@ def test_two_ranks_agree_and_share_every_sample(tmp_path: Path) -> None:
     assert "2 ranks" in first["refused"]
     assert first["noise"] == second["noise"]
     assert first["noise"] == pytest.approx(first["truth"], rel=0.35)
+
+    for rank in (first, second):
+        whole, resumed = rank["workers"]
+        rest = len(resumed["seen"])
+        assert resumed["seen"] == whole["seen"][10:]
+        assert 0 < rest < len(whole["seen"]) - 7  # in the middle of epoch 1
+        assert torch.equal(resumed["weights"], whole["weights"])
+        assert torch.equal(whole["weights"], first["workers"][0]["weights"])
+        assert {4, 8} <= {len(numbers) for _, numbers in whole["seen"]} <= {4, 8, 12}  # none is smaller
+        assert whole["decisions"] == first["workers"][0]["decisions"]
+        assert resumed["decisions"][-2:] == whole["decisions"][1:]  # rank 1 keeps no file of those before
+    for epoch in range(3):
+        seen = [
+            n for rank in (first, second) for e, numbers in rank["workers"][0]["seen"] if e == epoch for n in numbers
+        ]
+        assert len(set(seen)) == len(seen) > SAMPLES - 2 * 12
 
 
 def main() -> None:

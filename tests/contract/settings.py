@@ -49,6 +49,7 @@ SETTINGS = {
                 ({"memory_limit_gib": -1}, "memory_limit_gib"),
                 ({"global_batch_size": 0}, "global_batch_size"),
                 ({"global_batch_size": "large"}, "global_batch_size"),
+                ({"overlap": "yes"}, "overlap"),
             ),
         ),
         Setting(

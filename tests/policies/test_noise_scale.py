@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+from collections.abc import Callable
 from statistics import fmean, stdev
 
 import pytest
@@ -114,8 +115,16 @@ def test_values_that_are_not_finite_are_left_out():
 # The policy ----------------------------------------------------------------------------------------------------------
 
 
-def run(policy: GradientNoiseScale, size: int, steps: int, *, noise: float, seed: int = 0) -> list[int]:
-    """Steps over gradients whose noise scale is `noise`; returns the size after each."""
+def run(
+    policy: GradientNoiseScale,
+    size: int,
+    steps: int,
+    *,
+    noise: float,
+    seed: int = 0,
+    speed: Callable[[int], float] | None = None,
+) -> list[int]:
+    """Steps over gradients whose noise scale is `noise`, at samples/s by size; returns the size after each."""
     chance = random.Random(seed)
     factor = math.sqrt(noise / (NOISE / SIGNAL))
     sizes = []
@@ -129,6 +138,8 @@ def run(policy: GradientNoiseScale, size: int, steps: int, *, noise: float, seed
             big=size,
             big_squared_norm=sum(g * g for g in many),
         )
+        if speed is not None:
+            policy.observe_speed(speed(size) * chance.uniform(0.95, 1.05) * (0.1 if chance.random() < 0.1 else 1.0))
         if (proposal := policy.next(size, progress=0.5, unit=1)) is not None:
             policy.changed()
             assert proposal.new in (2 * size, size // 2, policy.maximum)
@@ -174,6 +185,87 @@ def test_it_halves_only_to_what_can_be_divided():
     assert half.readings["noise_scale"] < 4
 
 
+def changes(sizes: list[int]) -> list[tuple[int, int]]:
+    return [(a, b) for a, b in itertools.pairwise(sizes) if a != b]
+
+
+def test_a_growth_that_costs_speed_is_taken_back_and_not_tried_again_for_long():
+    policy = GradientNoiseScale(maximum=1024, minimum=8, every=30)
+    sizes = run(policy, 8, 650, noise=1e6, speed=lambda size: 1000.0 if size <= 32 else 500.0)
+    assert changes(sizes) == [(8, 16), (16, 32), (32, 64), (64, 32)]
+    assert sizes.count(64) == 20  # as many steps as its speed takes to know
+    # In time it is tried again, and taken back again.
+    longer = run(policy, 32, 1500, noise=1e6, speed=lambda size: 1000.0 if size <= 32 else 500.0)
+    assert set(changes(longer)) == {(32, 64), (64, 32)}
+    assert longer.count(64) <= 3 * 20
+    # What held it back may be over by then.
+    assert run(policy, 32, 2000, noise=1e6, speed=lambda size: 1000.0)[-1] == 1024
+
+
+def test_the_way_back_says_both_speeds():
+    policy = GradientNoiseScale(maximum=64, minimum=8, every=1)
+    for _ in range(20):
+        policy.observe(small=1, small_squared_norm=5.0, big=2, big_squared_norm=1.0)
+        policy.observe_speed(800.0)
+    grown = policy.next(32, progress=0.1, unit=4)
+    assert grown is not None
+    assert (grown.old, grown.new) == (32, 64)
+    policy.changed()
+    for _ in range(19):
+        policy.observe_speed(200.0)
+    assert policy.next(64, progress=0.1, unit=4) is None
+    policy.observe_speed(200.0)
+    back = policy.next(64, progress=0.1, unit=4)
+    assert back is not None
+    assert (back.old, back.new) == (64, 32)
+    assert "200 samples/s, 75% below the 800 at 32" in back.reason
+    assert back.readings == {"samples_per_s": 200.0, "samples_per_s_before": 800.0}
+    assert policy.next(64, progress=0.1, unit=64) is None  # 32 cannot be divided among so many
+    policy.next(64, progress=0.1, unit=4)
+    policy.changed()
+    policy.observe(small=1, small_squared_norm=5.0, big=2, big_squared_norm=1.0)
+    assert policy.next(32, progress=0.1, unit=4) is None
+    policy.forget_speeds()  # another structure: it may be fast now
+    again = policy.next(32, progress=0.1, unit=4)
+    assert again is not None
+    assert again.new == 64
+
+
+@pytest.mark.parametrize(("slowdown", "loss"), [(0.2, 0.9), (0.5, 0.6), (None, 0.01)])
+def test_speed_that_falls_by_less_than_may_be_is_no_reason(slowdown: float | None, loss: float):
+    policy = GradientNoiseScale(maximum=256, minimum=8, every=25, slowdown=slowdown)
+    sizes = run(policy, 8, 400, noise=1e6, speed=lambda size: 1000 * loss ** math.log2(size / 8))
+    assert changes(sizes) == [(8, 16), (16, 32), (32, 64), (64, 128), (128, 256)]
+
+
+def test_a_growth_on_trial_is_judged_before_the_next():
+    policy = GradientNoiseScale(maximum=1024, minimum=8, every=2)
+    sizes = run(policy, 8, 300, noise=1e6, speed=lambda size: 1000.0 if size <= 16 else 300.0)
+    assert max(sizes) == 32
+
+
+@pytest.mark.parametrize("steps", [45, 60, 100])  # on trial, and after
+def test_the_state_of_a_trial_goes_on(steps: int):
+    def speed(size: int) -> float:
+        return 1000.0 if size <= 8 else 100.0
+
+    policy = GradientNoiseScale(maximum=64, minimum=8, every=40)
+    size = run(policy, 8, steps, noise=1e6, speed=speed)[-1]
+    resumed = GradientNoiseScale(maximum=64, minimum=8, every=40)
+    resumed.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    rest = run(policy, size, 100, noise=1e6, seed=3, speed=speed)
+    assert run(resumed, size, 100, noise=1e6, seed=3, speed=speed) == rest
+    assert rest[-1] == 8
+
+
+def test_a_state_without_speeds_is_taken():
+    policy = GradientNoiseScale(maximum=64)
+    state = policy.state_dict()
+    del state["speed"]
+    policy.load_state_dict(state)
+    assert policy.speed.ceiling is None
+
+
 def test_its_state_goes_on():
     whole, part = (GradientNoiseScale(maximum=512, every=30) for _ in range(2))
     whole.first(8), part.first(8)
@@ -192,6 +284,9 @@ def test_its_state_goes_on():
         ({"maximum": 8, "minimum": 0}, "minimum"),
         ({"maximum": 8, "every": 0}, "every must be a whole number of steps"),
         ({"maximum": 8, "smoothing": 1.0}, "smoothing"),
+        ({"maximum": 8, "slowdown": 0}, "slowdown must be a share of samples/s"),
+        ({"maximum": 8, "slowdown": 1.5}, "got 1.5"),
+        ({"maximum": 8, "slowdown": True}, "got True"),
     ],
 )
 def test_arguments_that_are_refused(arguments, message):
