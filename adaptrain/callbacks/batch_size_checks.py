@@ -106,6 +106,7 @@ def check_memory(memory: StepMemory, *, limit_gib: float | None, fraction: float
         limit_gib: The argument `memory_limit_gib`.
         fraction: The argument `memory_fraction`.
     """
+    memory.release()
     used, limit = memory.used_bytes(), memory.limit_bytes()
     if used < limit:
         return

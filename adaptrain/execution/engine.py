@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from adaptrain.errors import ConfigurationError
+from adaptrain.execution.forecast import MemoryForecast
 from adaptrain.execution.memory import GIB, StepMemory
 from adaptrain.execution.noise import NoiseProbe, NoiseSample
 from adaptrain.execution.plan import Split
@@ -24,7 +25,8 @@ from adaptrain.policies.peak_memory import PeakMemoryFit
 from adaptrain.policies.piece_time import PieceTimeFit
 
 _log = logging.getLogger(__name__)
-_LOOK_EVERY = 20  # steps between two looks at memory once the size has settled
+_CALM_STEPS = 20  # steps that fit again before memory counts as back
+_FIRST_SHARE = 64  # the first step runs a 64th of the batch at once, where nothing is known and an error may be a kill
 
 
 class MicroBatching:
@@ -65,9 +67,10 @@ class MicroBatching:
         self.proposals: list[Proposal] = []
         self.samples = 0  # of the batch just run, on this rank
         self._policy = policy
-        self._fit = fit
+        self._module = module
         self._time_fit = time_fit
         self._memory = memory
+        self._memory_forecast = MemoryForecast(memory, fit)
         self._ranks = ranks
         self._by_length = by_length
         self._split = split
@@ -85,11 +88,12 @@ class MicroBatching:
         # Rotary embeddings know positions relative to each other: padding on the left may go.
         self._trim_left = any(name.endswith("inv_freq") for name, _ in module.named_buffers())
         self._steps = 0
-        self._limit = math.inf
         self._longest = 1
         self._samples_seen = 0
         self._tokens_seen = 0
         self._smallest_cap: float = math.inf
+        self._scarce_size = 0
+        self._calm: int | None = None  # steps since memory was last scarce; None where it is not
         self._said: set[str] = set()
 
     @property
@@ -105,10 +109,11 @@ class MicroBatching:
     def forget(self) -> None:
         """Measures anew: the model has changed."""
         self._policy.restart()
-        self._fit.clear()
+        self._memory_forecast.forget()
         if self._time_fit is not None:
             self._time_fit.clear()
         self._smallest_cap = math.inf
+        self._calm = None
         self._longest = 1
 
     def run(self, step: Any) -> Any:
@@ -124,8 +129,7 @@ class MicroBatching:
         samples = self.samples = shape.size if shape is not None else batch_size(step.batch) or 0
         if not self._steps:
             self._begin(samples)
-        if self._steps % _LOOK_EVERY == 0 or self._policy.is_searching:
-            self._limit = self._memory.limit_bytes()
+        self._memory_forecast.look()
         self._steps += 1
         if self._dry_run:
             return self._watch(step, shape)
@@ -134,23 +138,27 @@ class MicroBatching:
         length = shape.length if shape is not None else 1
         if shape is not None and shape.spans is not None:
             length = max(stop - start for start, stop in shape.spans)
-        cap = self._fit.largest_that_fits(min(size, samples), length, self._limit) if shape is not None else size
-        look = (
-            self._policy.is_searching
-            or self._steps % _LOOK_EVERY == 0
-            or (shape is not None and not self._fit.knows(*_largest(shape.pieces(min(size, cap)))))
-        )
-        if look:
-            self._memory.start()
+        wanted = min(size, samples)
+        cap = self._memory_forecast.most(wanted, length) if shape is not None else size
+        capped = cap < wanted
+        scarce = capped and self._memory_forecast.knows(wanted, length)
+        if shape is not None and self._policy.fixed is None and self._memory_forecast.is_blind:
+            cap = max(1, min(cap, samples // _FIRST_SHARE))
+        largest = (cap, 1) if shape is None else _largest(shape.pieces(min(size, cap)))
+        measures = self._memory_forecast.start(*largest, size=size)
+        timed = self._time_fit is not None and (measures or self._policy.is_searching)
         began = time.perf_counter()
-        notes = [float(samples), -float(cap) if cap < min(size, samples) else -math.inf]
-        timed = look and self._time_fit is not None
+        notes = [float(samples), -float(cap) if capped else -math.inf, float(scarce)]
         outcome = self._runner.run(step, shape, min(size, cap), shrink=self._shrink, notes=notes, timed=timed)
-        peak = self._memory.stop() if look else None
+        if measures:
+            self._memory_forecast.stop()
         seconds = time.perf_counter() - began
-        self._learn(outcome, shape, length, peak)
-        self._say_cap(outcome.maxima[1], length)
-        self._ask(outcome, shape, samples, seconds, peak or 0)
+        if measures and shape is not None and not outcome.failures:
+            self._learn(step, outcome, length)
+        if shape is not None and not outcome.failures and self._steps > 1:
+            self._learn_times(outcome)
+        self._say_cap(-outcome.maxima[1], bool(outcome.maxima[2]), length)
+        self._ask(outcome, shape, samples, seconds)
         return outcome.result
 
     def _begin(self, samples: int) -> None:
@@ -185,47 +193,65 @@ class MicroBatching:
             return step.run_unsplit()
         self._memory.start()
         result = step.run_unsplit()
-        peak = self._memory.stop()
-        seen = f" The whole batch of {shape.size} took {peak / GIB:.2f} of {self._limit / GIB:.2f} GiB."
-        readings = {"peak_gib": round(peak / GIB, 4), "limit_gib": round(self._limit / GIB, 4)}
+        peak, limit = self._memory.stop(), self._memory_forecast.limit_bytes
+        seen = f" The whole batch of {shape.size} took {peak / GIB:.2f} of {limit / GIB:.2f} GiB."
+        readings = {"peak_gib": round(peak / GIB, 4), "limit_gib": round(limit / GIB, 4)}
         self.proposals = [Proposal(p.old, p.new, p.reason + seen, p.readings | readings) for p in self.proposals]
         return result
 
     def _shrink(self, failure: Failure) -> int:
         proposal = self._policy.out_of_memory(failure.size)
-        used, limit = self._ranks.maxima([self._memory.used_bytes(), -self._limit])
+        used, limit = self._ranks.maxima([self._memory.used_bytes(), -self._memory_forecast.limit_bytes])
         readings = {"used_gib": round(used / GIB, 4), "limit_gib": round(-limit / GIB, 4)}
         self.proposals.append(Proposal(proposal.old, proposal.new, proposal.reason, proposal.readings | readings))
         return proposal.new
 
-    def _learn(self, outcome: Outcome, shape: BatchLayout | None, length: int, peak: int | None) -> None:
-        # The first step lacks the optimizer's state: its peak would make every later one look smaller than it is.
-        if shape is None or outcome.failures or peak is None or self._steps == 1:
-            return
-        largest = _largest(outcome.pieces)
-        self._fit.observe(*largest, peak_bytes=float(peak), floor_bytes=float(self._memory.floor_bytes))
+    def _learn(self, step: Any, outcome: Outcome, length: int) -> None:
+        beside = 0
+        if step.zeroes_gradients and not step.ends_window:
+            # The next batches of the accumulation window have the gradients so far beside their own.
+            beside = sum(p.nbytes for p in self._module.parameters() if p.requires_grad)
+        self._memory_forecast.learn(*_largest(outcome.pieces), beside_bytes=beside)
         self._longest = max(self._longest, length)
+
+    def _learn_times(self, outcome: Outcome) -> None:
         if self._time_fit is not None:
             for number, seconds in outcome.seconds.items():
                 self._time_fit.observe(outcome.pieces[number].size * outcome.pieces[number].length, seconds)
 
-    def _say_cap(self, negative_cap: float, length: int) -> None:
-        """Records when a batch had to run in smaller pieces than the size in force, once for each smaller cap."""
-        cap = -negative_cap
-        if cap >= min(self._smallest_cap, self._policy.size):
-            return
-        self._smallest_cap = cap
-        outlook = self._forecast(self._policy.size, length)
-        reason = f"A batch as long as this one runs at {int(cap)} samples at once: at {self._policy.size} it would take"
-        reason += f" {outlook.predicted_gib or 0:.2f} GiB of the {outlook.limit_gib or 0:.2f} GiB allowed."
-        self.proposals.append(Proposal(self._policy.size, int(cap), reason, outlook.readings))
+    def _say_cap(self, cap: float, is_scarce: bool, length: int) -> None:
+        """Records when a batch runs in smaller pieces than the size in force, and when that is over.
 
-    def _ask(self, outcome: Outcome, shape: BatchLayout | None, samples: int, seconds: float, peak: int) -> None:
+        A batch longer than those before it: once for each smaller cap. One like those before it: memory was taken; it
+        is back when batches have fitted for a while. The arguments are the same on every rank, but for the length.
+        """
+        size = self._policy.size
+        if cap >= size:
+            if self._calm is not None:
+                self._calm += 1
+            if self._calm == _CALM_STEPS:
+                self._calm = None
+                reason = f"Memory is back: {_CALM_STEPS} batches have fitted again at {size} samples at once."
+                self.proposals.append(Proposal(self._scarce_size, size, reason))
+            return
+        if is_scarce:
+            is_new, self._calm, self._scarce_size = self._calm is None, 0, int(cap)
+            why = "Memory was taken: batches like those before run"
+        else:
+            is_new, self._smallest_cap = cap < self._smallest_cap, min(cap, self._smallest_cap)
+            why = "A batch as long as this one runs"
+        if is_new:
+            outlook = self._forecast(size, length)
+            reason = f"{why} at {int(cap)} samples at once: at {size} it would take"
+            reason += f" {outlook.predicted_gib or 0:.2f} GiB of the {outlook.limit_gib or 0:.2f} GiB allowed."
+            self.proposals.append(Proposal(size, int(cap), reason, outlook.readings))
+
+    def _ask(self, outcome: Outcome, shape: BatchLayout | None, samples: int, seconds: float) -> None:
         most = int(outcome.maxima[0])
         rate = None
         measured = {}
         if self._policy.is_searching and not outcome.failures and most:
-            seconds, highest = self._ranks.maxima([seconds, float(peak)])
+            seconds, highest = self._ranks.maxima([seconds, float(self._memory_forecast.peak_bytes)])
             rate = self._work(shape, samples) / max(1e-9, seconds)
             measured = {"peak_gib": round(highest / GIB, 4)}
         proposal = self._policy.observe(
@@ -244,8 +270,9 @@ class MicroBatching:
         return self._ranks.sums([tokens * self._samples_seen / max(1, self._tokens_seen)])[0]
 
     def _forecast(self, size: int, length: int) -> Forecast:
-        predicted = self._fit.predict(size, length)
-        most, limit = self._ranks.maxima([-1.0 if predicted is None else predicted, -self._limit])
+        predicted = self._memory_forecast.peak(size, length)
+        limit = self._memory_forecast.limit_bytes
+        most, limit = self._ranks.maxima([-1.0 if predicted is None else predicted, -limit])
         return Forecast(None if most < 0 else most / GIB, -limit / GIB)
 
 

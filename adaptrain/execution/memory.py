@@ -10,14 +10,17 @@ import torch
 from adaptrain.resources import host
 
 GIB = 2**30
+_RESOLUTION_BYTES = 2**20  # resident memory is counted in pages, by each thread for a while: less is noise
 
 
 class StepMemory:
     """Measures memory where the model runs.
 
-    On a CUDA device: what torch's allocator holds in tensors, against what the device has free for this process. On
-    the host: resident memory, against the tightest of physical memory, control groups and RLIMIT_AS. Elsewhere the
-    host is measured too.
+    On a CUDA device: what torch's allocator holds in tensors, against what the device has free for this process, its
+    allocator's cache included, and the share that `torch.cuda.set_per_process_memory_fraction` leaves it (where this
+    torch tells it). A cache in pieces too small for a tensor counts as free; the error that follows is one to recover
+    from. On the host: resident memory, against the tightest of physical memory, control groups and RLIMIT_AS.
+    Elsewhere the host is measured too.
 
     Args:
         device: Where the model runs.
@@ -42,7 +45,8 @@ class StepMemory:
         if self._is_cuda:
             free, total = torch.cuda.mem_get_info(self.device)
             reachable = free + torch.cuda.memory_reserved(self.device)
-            limit = reachable - (1 - self._fraction) * total
+            share = _cuda_share(self.device) * total  # what torch's allocator may hold; others do not count there
+            limit = min(reachable - (1 - self._fraction) * total, self._fraction * share)
         else:
             used = host.process_memory_bytes()
             limit = min(used + self._room_bytes(ceiling) for ceiling in host.memory_limits())
@@ -54,8 +58,19 @@ class StepMemory:
             return self._fraction * ceiling.available_bytes
         return ceiling.available_bytes - (1 - self._fraction) * ceiling.limit_bytes
 
+    @property
+    def can_kill(self) -> bool:
+        """Whether running out may end the process, as a container does, and not raise an error to recover from."""
+        return not self._is_cuda
+
+    def release(self) -> None:
+        """Gives back what is free and still counts as used, which is cheap enough to do between two steps."""
+        if not self._is_cuda:
+            host.release_free_heap()
+
     def start(self) -> None:
         """Begins to measure a step."""
+        self.release()  # what a step takes from free blocks of the heap would not be seen
         self.floor_bytes = self.used_bytes()
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -64,13 +79,17 @@ class StepMemory:
             self._host_peak.reset()
 
     def stop(self) -> int:
-        """Ends it, when the device has finished, and returns the peak in bytes."""
+        """Ends it, when the device has finished, and returns the peak in bytes; `added_bytes` has what is new in it."""
         if self._is_cuda:
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device)
         assert self._host_peak is not None
         self._host_peak.close()
         return self._host_peak.read()
+
+    def added_bytes(self, peak: int) -> float:
+        """Returns what a step with this peak took, beside what was in use when `start` was called."""
+        return float(max(0 if self._is_cuda else _RESOLUTION_BYTES, peak - self.floor_bytes))
 
     def report(self) -> str:
         """Returns one sentence for a person about the memory there is."""
@@ -90,3 +109,8 @@ class StepMemory:
             "device": f"{platform.machine()} x{torch.get_num_threads()}",
             "memory_gib": round(host.memory_limit_bytes()[0] / GIB, 1),
         }
+
+
+def _cuda_share(device: torch.device) -> float:
+    read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return 1.0 if read is None else float(read(device))

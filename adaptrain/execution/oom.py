@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from adaptrain.execution.split import BatchLayout
+from adaptrain.resources.host import release_free_heap
 
 # Substrings of messages, lower case. Only texts that mean "no memory": a plain cuBLAS or oneDNN failure is not one.
 _MESSAGES = (
@@ -82,10 +80,7 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
-    if sys.platform == "linux":
-        # glibc keeps freed blocks; under an address-space limit they are missing elsewhere.
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    release_free_heap()  # under an address-space limit its free blocks are missing elsewhere
 
 
 class DoesNotFitError(RuntimeError):

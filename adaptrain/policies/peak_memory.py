@@ -1,8 +1,9 @@
-"""Predicting the peak memory of a step from the peaks of steps before it."""
+"""Predicting the memory a step takes from what steps before it took."""
 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,74 +11,73 @@ _KEPT = 64
 
 
 class PeakMemoryFit:
-    """Fits peak ≈ a + b·B·L + c·B·L² to measured steps of B samples, each L columns long.
+    """Fits added memory ≈ a + b·B·L + c·B·L² to measured steps of B samples, each L columns long.
 
-    `a` is what stays whatever the batch (weights, gradients, optimizer state), `b` the activations, `c` attention. The
-    coefficients are at least zero, and the fit is raised by its largest shortfall, so that no step that was measured
-    would have been predicted too low.
+    Added is the peak of a step over what was in use before it: what was in use (weights, optimizer state, data, and
+    anything else in the process) may change between steps, and is to be added as it is then. `a` is what every step
+    adds (gradients), `b` the activations, `c` attention. The coefficients are at least zero, and the fit is raised by
+    its largest shortfall, so that no step that was measured would have been predicted too low.
     """
 
     def __init__(self) -> None:
-        self._peaks: dict[tuple[int, int], float] = {}
-        self._floor: float | None = None
+        self._added: dict[tuple[int, int], float] = {}
         self._fits: list[tuple[list[float], float]] | None = None  # coefficients and shift, until the next measurement
 
-    def observe(self, samples: int, length: int, *, peak_bytes: float, floor_bytes: float) -> None:
+    def observe(self, samples: int, length: int, *, added_bytes: float) -> None:
         """Adds a measured step.
 
         Args:
             samples: Samples at once.
             length: Columns of each; 1 where there are no sequences.
-            peak_bytes: The peak during the step.
-            floor_bytes: Memory in use before it. The lowest seen stands for a step of no samples.
+            added_bytes: The peak during the step less what was in use before it.
         """
         shape = samples, length
         self._fits = None
-        self._peaks[shape] = max(peak_bytes, self._peaks.get(shape, 0.0))
-        self._floor = floor_bytes if self._floor is None else min(floor_bytes, self._floor)
-        if len(self._peaks) > _KEPT:
+        self._added[shape] = max(added_bytes, self._added.get(shape, 0.0))
+        if len(self._added) > _KEPT:
             # The largest shapes say most about a larger one: the smallest goes.
-            del self._peaks[min(self._peaks, key=lambda shape: shape[0] * shape[1])]
+            del self._added[min(self._added, key=lambda shape: shape[0] * shape[1])]
 
     def knows(self, samples: int, length: int) -> bool:
-        """Whether a step at least as large was measured."""
-        return any(samples <= seen and samples * length <= seen * columns for seen, columns in self._peaks)
+        """Whether a step was measured that takes at least as much, whichever of the terms makes it up."""
+        terms = _terms(samples, length)
+        return any(all(map(operator.le, terms, _terms(*shape))) for shape in self._added)
 
     def predict(self, samples: int, length: int) -> float | None:
-        """Returns the expected peak in bytes, or None before anything was measured."""
-        if not self._peaks or self._floor is None:
+        """Returns the bytes a step is expected to add, or None before anything was measured."""
+        if not self._added:
             return None
         if self._fits is None:
-            self._fits = self._fit(self._floor)
+            self._fits = self._fit()
         return max(_dot(coefficients, _terms(samples, length)) + shift for coefficients, shift in self._fits)
 
-    def _fit(self, floor: float) -> list[tuple[list[float], float]]:
-        rows = [*(_terms(*shape) for shape in self._peaks), (1.0, 0.0, 0.0)]
-        peaks = [*self._peaks.values(), floor]
+    def _fit(self) -> list[tuple[list[float], float]]:
+        rows = [*(_terms(*shape) for shape in self._added), (1.0, 0.0, 0.0)]  # the last: a step of no samples
+        added = [*self._added.values(), 0.0]
         fits = []
         for columns in ((0,), (0, 1), (0, 2), (0, 1, 2)):
-            coefficients = _least_squares([[row[c] for c in columns] for row in rows], peaks)
+            coefficients = _least_squares([[row[c] for c in columns] for row in rows], added)
             if coefficients is None or min(coefficients[1:], default=0.0) < 0:
                 continue
             full = [0.0, 0.0, 0.0]
             for column, coefficient in zip(columns, coefficients, strict=True):
                 full[column] = coefficient
-            gaps = [peak - _dot(full, row) for row, peak in zip(rows, peaks, strict=True)]
+            gaps = [value - _dot(full, row) for row, value in zip(rows, added, strict=True)]
             fits.append((sum(gap * gap for gap in gaps), full, max(0.0, *gaps)))
         # Where lengths never differed, b and c cannot be told apart: all fits as good as the best are asked, and the
         # most careful answer counts.
         best = min(error for error, _, _ in fits)
-        slack = 1e-9 * sum(peak * peak for peak in peaks)
+        slack = 1e-9 * sum(value * value for value in added)
         return [(full, shift) for error, full, shift in fits if error <= 1.05 * best + slack]
 
-    def largest_that_fits(self, samples: int, length: int, limit_bytes: float) -> int:
-        """Returns the most samples of this length, from 1 to `samples`, whose predicted peak is within the limit."""
-        if (self.predict(samples, length) or 0.0) <= limit_bytes:
+    def largest_that_fits(self, samples: int, length: int, room_bytes: float) -> int:
+        """Returns the most samples of this length, from 1 to `samples`, that are predicted to add at most the room."""
+        if (self.predict(samples, length) or 0.0) <= room_bytes:
             return samples
         low, high = 1, samples
         while low < high:
             middle = (low + high + 1) // 2
-            if (self.predict(middle, length) or 0.0) <= limit_bytes:
+            if (self.predict(middle, length) or 0.0) <= room_bytes:
                 low = middle
             else:
                 high = middle - 1
@@ -85,18 +85,16 @@ class PeakMemoryFit:
 
     def clear(self) -> None:
         """Forgets every measurement."""
-        self._peaks = {}
-        self._floor = None
+        self._added = {}
         self._fits = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the measurements as plain Python."""
-        return {"peaks": [[*shape, peak] for shape, peak in self._peaks.items()], "floor": self._floor}
+        return {"added": [[*shape, added] for shape, added in self._added.items()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the measurements of `state_dict`."""
-        self._peaks = {(int(samples), int(length)): float(peak) for samples, length, peak in state["peaks"]}
-        self._floor = state["floor"]
+        self._added = {(int(samples), int(length)): float(added) for samples, length, added in state["added"]}
         self._fits = None
 
 

@@ -6,6 +6,8 @@ Control groups, RLIMIT_AS and procfs are Linux's; elsewhere the physical memory 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +31,24 @@ __all__ = [
     "memory_limit_bytes",
     "memory_limits",
     "process_memory_bytes",
+    "release_free_heap",
 ]
 
 
 def process_memory_bytes() -> int:
     """Returns the resident set size of this process, in bytes."""
     return psutil.Process().memory_info().rss
+
+
+def release_free_heap() -> None:
+    """Gives the heap's free blocks back to the system, where the C library is glibc; nothing elsewhere.
+
+    glibc keeps blocks that the program has freed. Until they are given back they count as resident memory, and what
+    is allocated into them does not show there. About 15 ms per 300 MiB; a few microseconds where nothing is free.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def memory_limits(*, proc: Path = PROC, cgroup: Path = CGROUP) -> list[MemoryLimit]:

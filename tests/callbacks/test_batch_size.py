@@ -344,7 +344,7 @@ def test_a_structure_decision_measures_anew(tmp_path: Path) -> None:
     controller = BatchSizeController()
     fit(TextModule(), tmp_path, controller, callbacks=[Pruner()], limit_train_batches=3)
     assert controller.state_dict()["policy"]["trials"] == {}
-    assert controller.state_dict()["fit"]["peaks"] == []
+    assert controller.state_dict()["fit"]["added"] == []
 
 
 def test_its_state_is_plain_and_resumes(tmp_path: Path) -> None:

@@ -5,55 +5,25 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from torch import nn
 
 from adaptrain import BatchSizeController
 from adaptrain.callbacks.base import decision_log
+from adaptrain.execution.forecast import MemoryForecast
 from adaptrain.execution.memory import GIB, StepMemory
+from adaptrain.policies.peak_memory import PeakMemoryFit
 from adaptrain.resources.host import PeakMemory, process_memory_bytes
+from tests.memory import BATCH, LongSequences, long_batches
 from tests.toys import quiet_trainer, weights
-
-BATCH, WIDTH = 16, 2048
-
-
-class LongSequences(pl.LightningModule):
-    """About 128 KiB of activations per column of the whole batch in each of six layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.embed = nn.Parameter(torch.rand(10, WIDTH, generator=generator))
-        self.scales = nn.ParameterList(torch.rand(WIDTH, generator=generator) for _ in range(6))
-
-    def training_step(self, batch, batch_idx):
-        x = self.embed[batch["input_ids"]]
-        for scale in self.scales:
-            x = torch.tanh(x * scale)
-        return (x.mean(dim=(1, 2)) - 0.1).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1.0)
-
-
-def batches(lengths: list[int]) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        {
-            "input_ids": torch.randint(10, (BATCH, length), generator=generator),
-            "attention_mask": torch.ones(BATCH, length, dtype=torch.long),
-        }
-        for length in lengths
-    ]
 
 
 def train(root: Path, *callbacks):
     module = LongSequences()
     trainer = quiet_trainer(root, callbacks=list(callbacks))
-    loader = torch.utils.data.DataLoader(batches([24, 48, 32, 48, 320, 48]), batch_size=None)
+    loader = torch.utils.data.DataLoader(long_batches([24, 48, 32, 48, 320, 48]), batch_size=None)
     with PeakMemory() as peak:
         trainer.fit(module, loader)
     return weights(module), peak.read(), trainer
@@ -80,12 +50,89 @@ def measures_the_peak_of_a_step(_: Path) -> None:
     assert memory.stop() - memory.floor_bytes > 200 * 2**20
 
 
-@pytest.mark.parametrize("check", [stays_below_the_limit_by_prediction, measures_the_peak_of_a_step])
+def leave_free_blocks() -> None:
+    """Leaves 200 MiB in the heap that are free, resident, and not at its end, where they would be given back."""
+    blocks = [torch.ones(2**14) for _ in range(2 * 3200)]  # 64 KiB each
+    kept.extend(blocks[::2])
+
+
+kept: list[torch.Tensor] = []
+
+
+def counts_what_a_step_takes_from_the_free_blocks_of_the_heap(_: Path) -> None:
+    memory = StepMemory(torch.device("cpu"), limit_gib=None, fraction=0.9)
+    leave_free_blocks()
+    used = process_memory_bytes()
+    memory.start()
+    blocks = [torch.ones(2**14) for _ in range(1600)]
+    peak = memory.stop()
+    assert len(blocks) == 1600
+    assert peak <= used  # the process did not grow
+    assert memory.added_bytes(peak) > 90 * 2**20  # and yet this much was taken
+
+
+def gives_free_blocks_back_before_it_refuses_a_size(_: Path) -> None:
+    leave_free_blocks()
+    limit = process_memory_bytes() + 50 * 2**20
+    fit = PeakMemoryFit()
+    fit.observe(1, 1, added_bytes=10 * 2**20)
+    forecast = MemoryForecast(StepMemory(torch.device("cpu"), limit_gib=limit / GIB, fraction=1.0), fit)
+    forecast.look()
+    assert forecast.limit_bytes - forecast.used_bytes < 190 * 2**20
+    assert forecast.most(19, 1) == 19
+    assert 19 <= forecast.most(100, 1) < 30
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        stays_below_the_limit_by_prediction,
+        measures_the_peak_of_a_step,
+        counts_what_a_step_takes_from_the_free_blocks_of_the_heap,
+        gives_free_blocks_back_before_it_refuses_a_size,
+    ],
+)
 def test_in_a_fresh_process(check, tmp_path: Path) -> None:
     """What earlier tests left in this process's heap would be used again or freed in the middle of a measurement."""
     command = [sys.executable, "-m", "tests.execution.test_engine", check.__name__, str(tmp_path)]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_first_step_is_careful_where_nothing_is_known(tmp_path: Path) -> None:
+    def first_steps(controller: BatchSizeController) -> list[list[int]]:
+        module = LongSequences()
+        loader: Any = torch.utils.data.DataLoader(long_batches([2, 2], samples=128), batch_size=None)  # type: ignore[arg-type]
+        quiet_trainer(tmp_path, callbacks=[controller]).fit(module, loader)
+        return module.ran
+
+    controller, resumed = BatchSizeController(), BatchSizeController()
+    assert first_steps(controller) == [[2] * 64, [16] * 8]
+    resumed.load_state_dict(controller.state_dict())
+    assert first_steps(resumed) == [[16] * 8] * 2
+    assert first_steps(BatchSizeController(micro_batch_size=64)) == [[64] * 2] * 2
+
+
+def test_gradients_kept_between_batches_are_counted(tmp_path: Path) -> None:
+    """A batch that begins an accumulation window has them in use; those after it take them beside their own."""
+
+    class Heavy(LongSequences):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heavy = torch.nn.Parameter(torch.rand(2**23))  # 32 MiB
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return super().loss(batch) + self.heavy.sum()
+
+    def added_mib(accumulate: int) -> float:
+        controller = BatchSizeController(micro_batch_size=BATCH)
+        loader: Any = torch.utils.data.DataLoader(long_batches([4, 4, 16, 16]), batch_size=None)  # type: ignore[arg-type]
+        trainer = quiet_trainer(tmp_path, callbacks=[controller], accumulate_grad_batches=accumulate)
+        trainer.fit(Heavy(), loader)
+        [added] = [added for _, length, added in controller.state_dict()["fit"]["added"] if length == 16]
+        return added / 2**20
+
+    assert 28 < added_mib(2) - added_mib(1) < 36
 
 
 def test_the_limit_is_the_tightest_there_is() -> None:
@@ -106,6 +153,18 @@ def test_on_a_cuda_device_tensors_are_counted() -> None:
     assert memory.stop() - memory.floor_bytes >= 2**28
     assert memory.limit_bytes() == GIB
     assert memory.fingerprint()["device"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hasattr(torch.cuda, "get_per_process_memory_fraction"), reason="this torch does not tell it")
+def test_the_share_of_a_cuda_device_that_a_process_may_hold_is_its_limit() -> None:
+    memory = StepMemory(torch.device("cuda:0"), limit_gib=None, fraction=0.9)
+    total = torch.cuda.mem_get_info(0)[1]
+    torch.cuda.set_per_process_memory_fraction(0.25, 0)
+    try:
+        assert memory.limit_bytes() <= 0.9 * 0.25 * total
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
 
 
 if __name__ == "__main__":

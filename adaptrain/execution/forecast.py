@@ -1,0 +1,119 @@
+"""What a step is expected to take of memory, beside what is free now; learned from the steps that are measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from adaptrain.execution.memory import StepMemory
+from adaptrain.policies.peak_memory import PeakMemoryFit
+
+_LOOK_SHARE = 0.01  # of the time goes into looks at what others leave, at most; one takes about 0.2 ms on the host
+_MEASURE_EVERY = 20  # steps between two measurements, where neither the size nor the shape is new
+
+
+class MemoryForecast:
+    """Predicts the peak of a step, and measures steps to be able to.
+
+    A look at what is in use and what is allowed is made when the last one is old: other processes take memory and
+    give it back at any time. Before a size is refused, memory that is free and still counts as used is given back and
+    counted again.
+
+    Args:
+        memory: Reads what is used and allowed.
+        fit: Predicts what a step adds.
+    """
+
+    def __init__(self, memory: StepMemory, fit: PeakMemoryFit) -> None:
+        self._memory = memory
+        self._fit = fit
+        self._next_look_s = -math.inf
+        self._before: dict[str, Any] | None = None
+        self._size = 0
+        self._steps = 0
+        self.used_bytes = 0.0
+        self.limit_bytes = math.inf
+        self.peak_bytes = 0
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether nothing was measured yet, where running out may end the process rather than raise an error."""
+        return self._memory.can_kill and self._fit.predict(1, 1) is None
+
+    def forget(self) -> None:
+        """Measures anew: the model has changed."""
+        self._fit.clear()
+        self._before = None
+        self._size = 0
+
+    def look(self) -> None:
+        """Reads what is used and allowed, where the last reading is old."""
+        if time.perf_counter() >= self._next_look_s:
+            self._look()
+
+    def _look(self) -> None:
+        began = time.perf_counter()
+        self.used_bytes, self.limit_bytes = float(self._memory.used_bytes()), self._memory.limit_bytes()
+        now = time.perf_counter()
+        self._next_look_s = now + (now - began) / _LOOK_SHARE
+
+    def peak(self, samples: int, length: int) -> float | None:
+        """Returns the peak in bytes that a step of this shape would reach now; None before anything was measured."""
+        added = self._fit.predict(samples, length)
+        if added is None:
+            return None
+        if self.used_bytes + added > self.limit_bytes:
+            self._memory.release()
+            self._look()
+        return self.used_bytes + added
+
+    def most(self, samples: int, length: int) -> int:
+        """Returns the most samples at once, from 1 to `samples`, that are predicted to fit now."""
+        if (self.peak(samples, length) or 0.0) <= self.limit_bytes:
+            return samples
+        return self._fit.largest_that_fits(samples, length, self.limit_bytes - self.used_bytes)
+
+    def knows(self, samples: int, length: int) -> bool:
+        """Whether a step at least as large was measured."""
+        return self._fit.knows(samples, length)
+
+    def start(self, samples: int, length: int, *, size: int) -> bool:
+        """Begins to measure a step where that tells something new.
+
+        Args:
+            samples: Samples at once.
+            length: Columns of each.
+            size: The size in force. The first step of each is measured: it does not count for speed.
+
+        Returns:
+            Whether it is measured; then `stop` is to be called.
+        """
+        self._steps += 1
+        is_due = self._steps % _MEASURE_EVERY == 0 or self._before is not None
+        measures = is_due or size != self._size or not self._fit.knows(samples, length)
+        self._size = size
+        if measures:
+            self._memory.start()
+        return measures
+
+    def stop(self) -> None:
+        """Ends the measurement: `peak_bytes` is the step's."""
+        self.peak_bytes = self._memory.stop()
+
+    def learn(self, samples: int, length: int, *, beside_bytes: int = 0) -> None:
+        """Takes in the measured step.
+
+        Args:
+            samples: Samples of its largest micro-batch.
+            length: Columns of it.
+            beside_bytes: What other steps have in use beside what this one had.
+        """
+        # The first step also takes what stays: gradients, workspaces of libraries. It counts until there is a second.
+        if self._before is not None:
+            self._fit.load_state_dict(self._before)
+            self._before = None
+        elif self._steps == 1:
+            self._before = self._fit.state_dict()
+        added = self._memory.added_bytes(self.peak_bytes) + beside_bytes
+        self._fit.observe(samples, length, added_bytes=added)
