@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -149,7 +150,8 @@ class MicroBatching:
         timed = self._time_fit is not None and (measures or self._policy.is_searching)
         began = time.perf_counter()
         notes = [float(samples), -float(cap) if capped else -math.inf, float(scarce)]
-        outcome = self._runner.run(step, shape, min(size, cap), shrink=self._shrink, notes=notes, timed=timed)
+        shrink = partial(self._shrink, length=length)
+        outcome = self._runner.run(step, shape, min(size, cap), shrink=shrink, notes=notes, timed=timed)
         if measures:
             self._memory_forecast.stop()
         seconds = time.perf_counter() - began
@@ -199,8 +201,19 @@ class MicroBatching:
         self.proposals = [Proposal(p.old, p.new, p.reason + seen, p.readings | readings) for p in self.proposals]
         return result
 
-    def _shrink(self, failure: Failure) -> int:
-        proposal = self._policy.out_of_memory(failure.size)
+    def _shrink(self, failure: Failure, *, length: int) -> int:
+        if failure.maxima[1] > -math.inf:
+            # It ran in smaller pieces than others already, and those were too large: no reason to change the others.
+            if failure.message:
+                self._memory_forecast.exceeded(failure.size, length)
+            new = max(1, failure.size // 2)
+            reason = (
+                f"Memory ran out at {failure.size} samples at once of a batch longer than others, or when memory was"
+            )
+            reason += f" scarce; its samples run again at {new}, and others go on at {self._policy.size}."
+            proposal = Proposal(failure.size, new, reason)
+        else:
+            proposal = self._policy.out_of_memory(failure.size)
         used, limit = self._ranks.maxima([self._memory.used_bytes(), -self._memory_forecast.limit_bytes])
         readings = {"used_gib": round(used / GIB, 4), "limit_gib": round(-limit / GIB, 4)}
         self.proposals.append(Proposal(proposal.old, proposal.new, proposal.reason, proposal.readings | readings))

@@ -9,8 +9,10 @@ from typing import Any
 from adaptrain.execution.memory import StepMemory
 from adaptrain.policies.peak_memory import PeakMemoryFit
 
-_LOOK_SHARE = 0.01  # of the time goes into looks at what others leave, at most; one takes about 0.2 ms on the host
-_MEASURE_EVERY = 20  # steps between two measurements, where neither the size nor the shape is new
+_LOOK_SHARE = (
+    0.001  # of the time goes into looks at what others leave, at most; one takes half a millisecond on the host
+)
+_MEASURE_EVERY = 100  # steps between two measurements, where neither the size nor the shape is new
 
 
 class MemoryForecast:
@@ -70,9 +72,12 @@ class MemoryForecast:
 
     def most(self, samples: int, length: int) -> int:
         """Returns the most samples at once, from 1 to `samples`, that are predicted to fit now."""
-        if (self.peak(samples, length) or 0.0) <= self.limit_bytes:
-            return samples
+        self.peak(samples, length)  # counts again what is free, where it is close
         return self._fit.largest_that_fits(samples, length, self.limit_bytes - self.used_bytes)
+
+    def exceeded(self, samples: int, length: int) -> None:
+        """Takes in that a step of this shape ran out of memory although it was predicted to fit."""
+        self._fit.exceeded(samples, length, room_bytes=self.limit_bytes - self.used_bytes)
 
     def knows(self, samples: int, length: int) -> bool:
         """Whether a step at least as large was measured."""

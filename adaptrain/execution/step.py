@@ -49,10 +49,12 @@ class Failure:
     Args:
         size: Samples at once in the attempt, on the rank where they were most.
         message: The first line of this rank's error; empty where only another rank ran out.
+        maxima: The largest of all ranks' `notes`, in the order they were given.
     """
 
     size: int
     message: str
+    maxima: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class StepRunner:
                 self._proven.clear()
                 if not can_split or min(largest, micro_batch_size) <= 1:
                     raise DoesNotFitError(does_not_fit(layout, can_split, self._report(), message))
-                failures.append(Failure(int(largest), message or ""))
+                failures.append(Failure(int(largest), message or "", maxima))
                 shrunk = shrink(failures[-1])
                 # A rank may run fewer samples at once than the others: no more than that, and half where it ran out.
                 most = micro_batch_size if message is None else max(1, plan.largest // 2)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _KEPT = 64
+_MORE = 1.1  # this much more room than where a step ran out, before it is tried again
 
 
 class PeakMemoryFit:
@@ -21,6 +22,7 @@ class PeakMemoryFit:
 
     def __init__(self) -> None:
         self._added: dict[tuple[int, int], float] = {}
+        self._exceeded: dict[tuple[int, int], float] = {}
         self._fits: list[tuple[list[float], float]] | None = None  # coefficients and shift, until the next measurement
 
     def observe(self, samples: int, length: int, *, added_bytes: float) -> None:
@@ -37,6 +39,18 @@ class PeakMemoryFit:
         if len(self._added) > _KEPT:
             # The largest shapes say most about a larger one: the smallest goes.
             del self._added[min(self._added, key=lambda shape: shape[0] * shape[1])]
+
+    def exceeded(self, samples: int, length: int, *, room_bytes: float) -> None:
+        """Adds a step that ran out of memory: it and larger ones do not fit until there is more room than then.
+
+        Args:
+            samples: Samples at once.
+            length: Columns of each.
+            room_bytes: What the step was allowed to add.
+        """
+        self._exceeded[samples, length] = room_bytes
+        if len(self._exceeded) > _KEPT:
+            del self._exceeded[next(iter(self._exceeded))]
 
     def knows(self, samples: int, length: int) -> bool:
         """Whether a step was measured that takes at least as much, whichever of the terms makes it up."""
@@ -72,29 +86,42 @@ class PeakMemoryFit:
 
     def largest_that_fits(self, samples: int, length: int, room_bytes: float) -> int:
         """Returns the most samples of this length, from 1 to `samples`, that are predicted to add at most the room."""
-        if (self.predict(samples, length) or 0.0) <= room_bytes:
+        if self._fits_into(samples, length, room_bytes):
             return samples
         low, high = 1, samples
         while low < high:
             middle = (low + high + 1) // 2
-            if (self.predict(middle, length) or 0.0) <= room_bytes:
+            if self._fits_into(middle, length, room_bytes):
                 low = middle
             else:
                 high = middle - 1
         return low
 
+    def _fits_into(self, samples: int, length: int, room_bytes: float) -> bool:
+        terms = _terms(samples, length)
+        has_failed = any(
+            room_bytes <= _MORE * room and all(map(operator.le, _terms(*shape), terms))
+            for shape, room in self._exceeded.items()
+        )
+        return not has_failed and (self.predict(samples, length) or 0.0) <= room_bytes
+
     def clear(self) -> None:
         """Forgets every measurement."""
         self._added = {}
+        self._exceeded = {}
         self._fits = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the measurements as plain Python."""
-        return {"added": [[*shape, added] for shape, added in self._added.items()]}
+        shapes = {"added": self._added, "exceeded": self._exceeded}
+        return {name: [[*shape, value] for shape, value in values.items()] for name, values in shapes.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the measurements of `state_dict`."""
-        self._added = {(int(samples), int(length)): float(added) for samples, length, added in state["added"]}
+        self._added, self._exceeded = (
+            {(int(samples), int(length)): float(value) for samples, length, value in state[name]}
+            for name in ("added", "exceeded")
+        )
         self._fits = None
 
 

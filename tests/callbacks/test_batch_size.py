@@ -18,6 +18,7 @@ from transformers import BatchEncoding
 
 from adaptrain import BatchSizeController, ConfigurationError
 from adaptrain.callbacks.base import AdaptiveCallback, decision_log
+from adaptrain.resources.host import process_memory_bytes
 from tests.toys import TextModule, quiet_trainer, text_loader, text_samples, tiny_bert, weights
 
 OOM = "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -439,3 +440,31 @@ def test_lbfgs_and_manual_optimization_are_refused(tmp_path: Path) -> None:
     module.automatic_optimization = False
     with pytest.raises(ConfigurationError, match="automatic optimization"):
         fit(module, tmp_path, BatchSizeController())
+
+
+def test_a_long_batch_that_runs_out_does_not_shrink_the_others(tmp_path: Path) -> None:
+    class Full(TextModule):
+        def training_step(self, batch, batch_idx):
+            if batch["input_ids"].shape[1] == 64 and len(batch["input_ids"]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().training_step(batch, batch_idx)
+
+    short, long = text_samples(16, variable=False), text_samples(8, length=64, variable=False)
+    batches = [torch.utils.data.default_collate(part) for part in (short[:8], short[8:], long, short[:8])]
+    controller = BatchSizeController(micro_batch_size=8, memory_limit_gib=process_memory_bytes() / 2**30 + 2)
+    # 8 samples of 16 tokens are known to add 1 GiB: of 64 tokens, 3 or 4 are expected to fit.
+    for length in (8, 16, 24):
+        controller._fit.observe(8, length, added_bytes=length / 16 * 2**30)
+    module = Full(optimizer="SGD")
+    trainer = quiet_trainer(tmp_path, callbacks=[controller])
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    reasons = [decision.reason for decision in decision_log(trainer)]
+    assert any("others go on at 8" in reason for reason in reasons)
+    state = controller.state_dict()
+    assert state["policy"]["size"] == 8
+    assert state["policy"]["ceiling"] is None
+    assert {shape[1] for shape in state["fit"]["exceeded"]} == {64}
+
+    plain = TextModule(optimizer="SGD")
+    quiet_trainer(tmp_path).fit(plain, torch.utils.data.DataLoader(batches, batch_size=None))
+    torch.testing.assert_close(weights(module), weights(plain), rtol=1e-4, atol=1e-6)

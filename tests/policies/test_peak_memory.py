@@ -91,3 +91,20 @@ def test_its_state_is_plain() -> None:
     assert other.predict(16, 200) == fit.predict(16, 200)
     fit.clear()
     assert fit.predict(1, 1) is None
+
+
+def test_what_ran_out_is_not_tried_again_before_there_is_more_room() -> None:
+    fit = PeakMemoryFit()
+    for length in (8, 16, 24):
+        fit.observe(8, length, added_bytes=8.0 * length)
+    assert fit.largest_that_fits(8, 64, 200.0) == 3
+    fit.exceeded(3, 64, room_bytes=200.0)
+    assert fit.largest_that_fits(8, 64, 200.0) == 2
+    assert fit.largest_that_fits(8, 128, 200.0) == 1  # longer ones neither
+    assert fit.largest_that_fits(8, 16, 200.0) == 8  # shorter ones as before
+    assert fit.largest_that_fits(8, 64, 230.0) == 3
+    other = PeakMemoryFit()
+    other.load_state_dict(fit.state_dict())
+    assert other.largest_that_fits(8, 64, 200.0) == 2
+    other.clear()
+    assert other.largest_that_fits(8, 64, 1.0) == 8
