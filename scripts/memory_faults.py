@@ -84,9 +84,10 @@ def measure(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
         for name, share in (("plain", 0.0), ("ours, no errors", 0.0), ("ours, errors", 0.15)):
             faults = Faults(share, seed=seed)
             module = faulty(task.module(dropout=False), faults)
+            before = _flat(module)
             callbacks = [] if name == "plain" else [adaptrain.BatchSizeController(micro_batch_size=12)]
             trainer = fit(module, task.loader(batch_size, seed=seed), *callbacks, steps=steps)
-            weights[name] = torch.cat([p.detach().flatten() for p in module.parameters()])
+            weights[name] = _flat(module)
             seen[name] = {index: counts for index, counts in faults.seen.items() if index < steps}
             row = {"part": "errors", "task": task.name, "arm": name, "steps": trainer.global_step, **faults.raised}
             row["samples_lost_or_repeated"] = sum(
@@ -96,7 +97,12 @@ def measure(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
                 abs(seen[name][index][1] - counts[1]) for index, counts in seen["plain"].items()
             )
             change = weights[name] - weights["plain"]
-            row["weight_difference"] = float(change.norm() / weights["plain"].norm())
+            # As a share of what training changed.
+            row["weight_difference"] = float(change.norm() / (weights["plain"] - before).norm())
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items() if key != "part"), flush=True)
     return rows
+
+
+def _flat(module: Any) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])

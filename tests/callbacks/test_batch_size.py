@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import pytorch_lightning
 import torch
 import torchmetrics
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BatchEncoding
 
 from adaptrain import BatchSizeController, ConfigurationError
@@ -132,6 +134,36 @@ def test_split_steps_equal_unsplit_ones(size, split_by: str, accumulate: int, tm
     assert split.losses == pytest.approx(plain.losses, rel=1e-12)
     assert metrics(got) == pytest.approx(metrics(expected), rel=1e-6)
     assert split.steps_seen == plain.steps_seen == 48
+
+
+def test_gradient_checkpointing_is_served(tmp_path: Path) -> None:
+    modules = [ScarceModule(), ScarceModule()]
+    for module in modules:
+        for layer in module.model.bert.encoder.layer:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    fit(modules[0], tmp_path)
+    fit(modules[1], tmp_path, BatchSizeController(micro_batch_size=5))
+    torch.testing.assert_close(weights(modules[1]), weights(modules[0]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_large_vocabulary_is_served_and_left_as_found(accumulate: int, tmp_path: Path) -> None:
+    def large(scarce: Scarce | None = None) -> ScarceModule:
+        module = ScarceModule(scarce)
+        old = module.model.bert.embeddings.word_embeddings
+        new = nn.Embedding(2**15, 32, padding_idx=0, dtype=torch.float64)
+        with torch.no_grad():
+            new.weight.zero_()
+            new.weight[: len(old.weight)] = old.weight
+        module.model.bert.embeddings.word_embeddings = new
+        return module
+
+    plain, split = large(), large(Scarce(most=4, phase="backward"))
+    settings = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}
+    fit(plain, tmp_path, **settings)
+    fit(split, tmp_path, BatchSizeController(micro_batch_size=6), **settings)
+    torch.testing.assert_close(weights(split), weights(plain), rtol=1e-12, atol=1e-12)
+    assert not split.model.bert.embeddings.word_embeddings.sparse
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
