@@ -195,7 +195,9 @@ def main() -> None:
     parser.add_argument("--peer-steps", type=int, default=100, help="optimizer steps before the long batch (100)")
     parser.add_argument("--room-mib", type=int, default=1200, help="memory of part peers above the loaded model (1200)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file, after every part")
+    parser.add_argument(
+        "--json", type=Path, help="write the numbers to this file, after every part, beside what it has"
+    )
     args = parser.parse_args()
     if (args.model is None) != (args.data is None):
         parser.error("--model and --data go together: the encoder needs sentences to train on")
@@ -216,8 +218,16 @@ def main() -> None:
             else:
                 rows += {"speed": measure_speed, "fixed": measure_fixed, "overhead": measure_overhead}[part](task, args)
             if args.json:
-                setup = {"torch": torch.__version__, "threads": args.threads, "arguments": vars(args)}
-                args.json.write_text(json.dumps({"setup": setup, "rows": rows}, indent=2, default=str))
+                save(args, rows)
+
+
+def save(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows beside those of other parts that the file holds."""
+    parts = {(row["part"], row["task"], row.get("batch_size") if row["part"] == "speed" else 0) for row in rows}
+    known = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
+    kept = [r for r in known if (r["part"], r["task"], r.get("batch_size") if r["part"] == "speed" else 0) not in parts]
+    setup = {"torch": torch.__version__, "threads": args.threads, "arguments": vars(args)}
+    args.json.write_text(json.dumps({"setup": setup, "rows": kept + rows}, indent=2, default=str))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import torch
 from adaptrain.execution.split import BatchLayout
 from adaptrain.resources.host import release_free_heap
 
-# Substrings of messages, lower case. Only texts that mean "no memory": a plain cuBLAS or oneDNN failure is not one.
+# Substrings of messages, lower case. Only texts that mean "no memory": a plain cuBLAS failure is not one.
 _MESSAGES = (
     "can't allocate memory",  # torch's CPU allocator
     "cannot allocate memory",  # errno 12
     "not enough memory: you tried to allocate",  # torch's CPU allocator on Windows
+    "could not create a primitive",  # oneDNN, for a scratchpad that it cannot allocate as for a layout it lacks
+    "could not create a memory object",
     "std::bad_alloc",
     "bad allocation",
     "cuda out of memory",

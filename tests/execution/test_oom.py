@@ -17,6 +17,7 @@ from adaptrain.execution.oom import is_out_of_memory, release_memory
         RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("could not create a primitive"),
         OSError(12, "Cannot allocate memory"),
     ],
 )
