@@ -112,7 +112,10 @@ class ProgressivePruning(AdaptiveCallback):
         match = self._match = find_family(pl_module)
         for kind in self.groups:
             if not any(layer[kind] for layer in structures.dimensions(match)):
-                raise ConfigurationError(f"groups names {kind!r}, but {type(match.model).__name__} has none to prune.")
+                why = f": {match.family.kept[kind]}" if kind in match.family.kept else ""
+                raise ConfigurationError(
+                    f"groups names {kind!r}, but {type(match.model).__name__} has none to prune{why}."
+                )
         if self.importance == "taylor":
             self._taylor = TaylorScores(match, self.groups)
             self._taylor.check()

@@ -10,9 +10,10 @@ from torch import nn
 
 from adaptrain import ConfigurationError
 from adaptrain.pruning import structure as structures
+from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.surgery import EmptyAttention, resize, shrink, slices
-from tests.pruning.models import MODELS, batch, loss_of
+from tests.pruning.models import MODELS, batch, forward, loss_of
 from tests.toys import tiny_bert, tiny_llama
 
 OPTIMIZERS = {
@@ -47,7 +48,7 @@ def masks(match: Any, keep: list[dict[str, list[int]]]) -> dict[nn.Parameter, to
             for part in slices(match, layer, kind):
                 units = torch.zeros(sizes[kind])
                 units[kept[kind]] = 1
-                lines = units.repeat_interleave(part.size)
+                lines = units.repeat_interleave(part.size).repeat(part.fused)
                 for parameter in part.parameters():
                     shaped = lines if parameter.dim() == 1 else (lines[:, None] if part.dim == 0 else lines[None, :])
                     found[parameter] = shaped.to(parameter.dtype)
@@ -63,7 +64,7 @@ def step(model: Any, optimizer: Any, seed: int) -> float:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "modernbert"])
 def test_training_goes_on_as_with_the_units_held_at_zero(name, optimizer) -> None:
     small, masked = MODELS[name]().double(), MODELS[name]().double()
     masked.load_state_dict(small.state_dict())
@@ -94,11 +95,23 @@ def test_every_family_computes_what_zeroed_units_would(name, choose) -> None:
         for parameter, zero in masks(find_family(expected), keep).items():
             parameter.mul_(zero)
         shrink(match, keep)
-        torch.testing.assert_close(model(**batch()).logits, expected(**batch()).logits)
+        torch.testing.assert_close(forward(model, batch()), forward(expected, batch()))
     assert structures.current(match) == keep
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("choose", [some_gone, everything_gone])
+def test_every_family_is_rebuilt_from_a_checkpoint(name, choose) -> None:
+    model, fresh = MODELS[name]().eval(), MODELS[name]().eval()
+    match = find_family(model)
+    shrink(match, choose(match))
+    replay(fresh, {CHECKPOINT_KEY: structures.record(match)})
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(forward(fresh, batch()), forward(model, batch()))
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_layer_without_heads_and_neurons_still_trains_its_bias(name) -> None:
     model = MODELS[name]()
     match = find_family(model)
@@ -129,9 +142,10 @@ def test_a_layer_without_heads_survives_pickle_copy_and_putting_back() -> None:
         assert torch.equal(model(**batch()).logits, tiny_bert().eval()(**batch()).logits)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("gone", [0, 1])
-def test_generation_with_a_cache_equals_generation_without(gone) -> None:
-    model = tiny_llama().eval()
+def test_generation_with_a_cache_equals_generation_without(gone, name) -> None:
+    model = MODELS[name]().eval()
     match = find_family(model)
     keep = structures.dense(match)
     keep[gone]["heads"] = []
