@@ -218,8 +218,15 @@ _REFUSED = {"albert": "its layers share one set of parameters, so that none of t
 def register_family(family: Family) -> None:
     """Makes another architecture prunable; a family registered later is asked first.
 
-    A plain model needs its own `matches`, `backbone` (often `lambda model: model`), `dense_twin` (often
-    `copy.deepcopy` of a model built fresh) and `example_inputs`.
+    Declare where a layer's heads (`Attention`) and neurons (`FeedForward`) are, as paths; see there how a projection
+    that is fused is named. Leave out (None) what cannot be pruned. A model that is not Hugging Face's also needs its
+    own `matches`, `backbone` (often `lambda model: model`), `dense_twin` (builds the model anew) and `example_inputs`.
+    Register it before `fit` and before loading a checkpoint. `examples/prune_your_own_model.py` does all of it for an
+    `nn.TransformerEncoder`.
+
+    Heads can be pruned where the attention module takes their number from its projections' shapes or from attributes
+    (`counts`, `widths`), or is an `nn.MultiheadAttention`. That a family is right shows when a pruned model computes
+    what the dense one does with the same units' output columns at zero.
 
     Args:
         family: The declaration. One of the same name is replaced.
