@@ -16,6 +16,7 @@ from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
 from adaptrain.pruning.events import describe_event
 from adaptrain.pruning.families import KINDS, Match, find_family
 from adaptrain.pruning.importance import METHODS, Scores, TaylorScores, magnitude_scores
+from adaptrain.pruning.optimizer_state import skip_empty
 from adaptrain.pruning.pruner import Pruner
 from adaptrain.pruning.shape import typical_shape
 from adaptrain.pruning.structure import Structure
@@ -136,6 +137,7 @@ class ProgressivePruning(AdaptiveCallback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Scores the units by the gradients of this step, complete and not yet clipped."""
+        skip_empty(optimizer)
         if self._taylor is not None and self._done < len(self.schedule.plan()):
             self._taylor.update()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from adaptrain.errors import ConfigurationError
+from adaptrain.pruning import optimizer_state
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import KINDS, Attention, Match
 from adaptrain.pruning.projections import Projection, Slice, projection, submodule
@@ -88,10 +88,10 @@ def resize(match: Match, structure: Structure) -> None:
 
 
 def check_optimizers(match: Match, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Refuses optimizers whose state does not follow the parameter's shape.
+    """Refuses optimizers whose state cannot be cut with the parameters.
 
     Raises:
-        ConfigurationError: State of a parameter that pruning cuts is neither a scalar nor of the parameter's shape.
+        ConfigurationError: State of a parameter that pruning cuts is of a layout that is not known.
     """
     prunable = [
         parameter
@@ -100,28 +100,13 @@ def check_optimizers(match: Match, optimizers: Iterable[torch.optim.Optimizer]) 
         for part in slices(match, layer, kind)
         for parameter in part.parameters()
     ]
-    for optimizer in optimizers:
-        for parameter in prunable:
-            for name, value in optimizer.state.get(parameter, {}).items():
-                scalar = not isinstance(value, (Tensor, list, tuple, dict)) or (
-                    isinstance(value, Tensor) and value.numel() == 1
-                )
-                if not scalar and not (isinstance(value, Tensor) and value.shape == parameter.shape):
-                    seen = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                    raise ConfigurationError(
-                        f"Pruning cannot cut the state of {type(optimizer).__name__}: '{name}' is {seen} for a"
-                        f" parameter of shape {tuple(parameter.shape)}. Use an optimizer whose state has the"
-                        " parameter's shape, such as AdamW, Adam, SGD or RMSprop."
-                    )
+    optimizer_state.check(optimizers, prunable)
 
 
 def _select(parameter: nn.Parameter, dim: int, index: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    shape, gradient = parameter.shape, parameter.grad
+    gradient = parameter.grad
     for optimizer in optimizers:
-        state = optimizer.state.get(parameter, {})
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == shape:
-                state[name] = value.index_select(dim, index)
+        optimizer_state.cut(optimizer, parameter, dim, index)
     _replace(parameter, parameter.data.index_select(dim, index))
     if gradient is not None:
         parameter.grad = gradient.index_select(dim, index)

@@ -136,6 +136,13 @@ def test_other_optimizers_and_accumulation(tmp_path, optimizer) -> None:
     assert [decision.step for decision in events(trainer)] == [1, 3]  # 4 steps: after 25% and 75%
 
 
+def test_adafactor_trains_layers_that_have_nothing_left(tmp_path) -> None:
+    module = TextModule(optimizer="Adafactor", lr=1e-2)
+    _, module = run(tmp_path, pruning(target={"params": 0.67}, groups=["heads"], importance="magnitude"), module)
+    assert 0 in [layer["heads"] for layer in structures.widths(structures.current(find_family(module)))]
+    assert weights(module).isfinite().all()
+
+
 class Hears(AdaptiveCallback):
     def __init__(self) -> None:
         super().__init__()
