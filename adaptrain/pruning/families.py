@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import cost
@@ -300,10 +301,15 @@ def find_family(module: nn.Module) -> Match:
             message names the class.
     """
     found: dict[str, nn.Module] = {}
+    averages: list[str] = []
     for path, candidate in module.named_modules():
         inside = any(path.startswith(f"{outer}." if outer else "") for outer in found)
         if "_orig_mod" in candidate._modules:
             continue  # torch.compile's wrapper, which answers for the model inside of it
+        if isinstance(candidate, AveragedModel) and candidate is not module:
+            averages.append(path)
+        if any(path.startswith(f"{average}.") for average in averages):
+            continue  # it follows the model that it is an average of
         if not inside and (_is_hugging_face(candidate) or any(family.matches(candidate) for family in _FAMILIES)):
             found[path] = candidate
     if len(found) != 1:
