@@ -1,4 +1,4 @@
-"""Seams for a model whose shapes change: distributed wrapping, loading weights, and when validation comes."""
+"""Seams for a model whose shapes change: wrapping, loading weights, copies of it, and when validation comes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 
 @contextlib.contextmanager
@@ -68,3 +71,32 @@ def validation_follows(trainer: Any) -> bool:
     """In `on_train_batch_end`: whether Lightning validates right after this batch."""
     loop = trainer.fit_loop
     return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def averaged_copies(trainer: Any, pl_module: Any) -> list[Any]:
+    """Returns the running averages of the model that others keep: their shapes have to follow its own.
+
+    Those are torch's `AveragedModel`s that a callback or the module holds, as in Lightning's `WeightAveraging`, and the
+    copy that Lightning's `StochasticWeightAveraging` makes.
+    """
+    copies: list[Any] = []
+    for callback in trainer.callbacks:
+        for name, value in vars(callback).items():
+            if isinstance(value, AveragedModel):
+                copies.append(value.module)
+            elif name == "_average_model" and isinstance(value, nn.Module):
+                copies.append(value)
+    holders = (pl_module, *copies)
+    return copies + [each.module for held in holders for each in held.modules() if isinstance(each, AveragedModel)]
+
+
+def forget_compiled(pl_module: Any) -> None:
+    """Makes torch compile anew what was compiled for other shapes; nothing is done where nothing is compiled."""
+    compiled = getattr(pl_module, "_compiler_ctx", None) is not None or any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in pl_module.modules()
+    )
+    if compiled:
+        import torch._dynamo  # costs a second, and is there already where something is compiled
+
+        torch._dynamo.reset()

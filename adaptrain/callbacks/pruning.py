@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptrain import _lightning
-from adaptrain._lightning.structure import before_module_hook, unwrapped, validation_follows
+from adaptrain._lightning.structure import (
+    averaged_copies,
+    before_module_hook,
+    forget_compiled,
+    unwrapped,
+    validation_follows,
+)
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.errors import ConfigurationError
 from adaptrain.policies.sparsity import CubicSchedule
@@ -16,6 +22,7 @@ from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
 from adaptrain.pruning.events import describe_event
 from adaptrain.pruning.families import KINDS, Match, find_family
 from adaptrain.pruning.importance import METHODS, Scores, TaylorScores, magnitude_scores
+from adaptrain.pruning.optimizer_state import skip_empty
 from adaptrain.pruning.pruner import Pruner
 from adaptrain.pruning.shape import typical_shape
 from adaptrain.pruning.structure import Structure
@@ -29,10 +36,11 @@ class ProgressivePruning(AdaptiveCallback):
     """Shrinks a model in a few events during training, so that it ends within a budget.
 
     At each event the least important attention heads and feed-forward neurons are cut out: matrices get smaller, and
-    gradients, optimizer state, ties and hooks go with them. What goes is decided over all layers at once, by what it
-    is worth for what it costs; costs are a table of parameters, FLOPs and memory, and of latency measured on the
-    training device. The last event measures the real structure against the dense one and corrects. Training that
-    ends before its last event is pruned to the target at its end, with a warning.
+    gradients, optimizer state, ties, hooks and running averages of the model (as `WeightAveraging` keeps them) go with
+    them. What goes is decided over all layers at once, by what it is worth for what it costs; costs are a table of
+    parameters, FLOPs and memory, and of latency measured on the training device. The last event measures the real
+    structure against the dense one and corrects. Training that ends before its last event is pruned to the target at
+    its end, with a warning.
 
     Checkpoints hold the structure; with this callback a trainer rebuilds the shapes before it loads weights, and
     `adaptrain.load_from_checkpoint` does so without a trainer.
@@ -100,7 +108,12 @@ class ProgressivePruning(AdaptiveCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit" and self.target:
             self._match = find_family(pl_module)
-        self.on_exit(before_module_hook(pl_module, "on_load_checkpoint", lambda saved: replay(pl_module, saved)))
+
+        def rebuild(saved: dict[str, Any]) -> None:
+            for each in (pl_module, *averaged_copies(trainer, pl_module)):
+                replay(each, saved)
+
+        self.on_exit(before_module_hook(pl_module, "on_load_checkpoint", rebuild))
         self.on_exit(before_module_hook(pl_module, "on_save_checkpoint", self._note_structure))
 
     def check(self, trainer: Any, pl_module: Any) -> None:
@@ -112,7 +125,10 @@ class ProgressivePruning(AdaptiveCallback):
         match = self._match = find_family(pl_module)
         for kind in self.groups:
             if not any(layer[kind] for layer in structures.dimensions(match)):
-                raise ConfigurationError(f"groups names {kind!r}, but {type(match.model).__name__} has none to prune.")
+                why = f": {match.family.kept[kind]}" if kind in match.family.kept else ""
+                raise ConfigurationError(
+                    f"groups names {kind!r}, but {type(match.model).__name__} has none to prune{why}."
+                )
         if self.importance == "taylor":
             self._taylor = TaylorScores(match, self.groups)
             self._taylor.check()
@@ -133,6 +149,7 @@ class ProgressivePruning(AdaptiveCallback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Scores the units by the gradients of this step, complete and not yet clipped."""
+        skip_empty(optimizer)
         if self._taylor is not None and self._done < len(self.schedule.plan()):
             self._taylor.update()
 
@@ -242,6 +259,9 @@ class ProgressivePruning(AdaptiveCallback):
         else:
             with unwrapped(trainer):
                 shrink(match, wanted, trainer.optimizers)
+                for copied in averaged_copies(trainer, pl_module):
+                    shrink(find_family(copied), wanted)
+            forget_compiled(pl_module)
         old, new, reason, readings = describe_event(
             pruner, have, wanted, first=first, event=due, plan=plan, progress=progress, measured=measured
         )

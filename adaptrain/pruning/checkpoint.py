@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from torch.optim.swa_utils import AveragedModel
+
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.surgery import resize
@@ -25,6 +27,9 @@ def replay(module: Any, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ConfigurationError: The structure is of another architecture.
     """
+    for average in module.modules():
+        if isinstance(average, AveragedModel):  # of the model, kept beside it
+            replay(average.module, checkpoint)
     saved = checkpoint.get(CHECKPOINT_KEY)
     if saved is None and not any(map(structures.is_pruned, module.modules())):
         return

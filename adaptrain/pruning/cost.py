@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import statistics
 import time
 import weakref
@@ -37,7 +38,7 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
         model: The model, called as `model(**inputs)`.
         inputs: Its inputs, on its device.
     """
-    with _inference(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with _inference(model), _unfused(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return int(counter.get_total_flops())
 
@@ -100,7 +101,7 @@ def peak_activation_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int
         inputs: Its inputs, on its device.
     """
     known = (*model.parameters(), *model.buffers(), *inputs.values())
-    with _inference(model), _LiveBytes({tensor.untyped_storage().data_ptr() for tensor in known}) as live:
+    with _inference(model), _unfused(), _LiveBytes({tensor.untyped_storage().data_ptr() for tensor in known}) as live:
         model(**inputs)
     return live.peak
 
@@ -117,7 +118,8 @@ def example_inputs(
         device: Where they lie; None: the model's device.
 
     Returns:
-        `input_ids` and `attention_mask`, both int64 of shape (batch_size, sequence_length).
+        `input_ids` and `attention_mask`, both int64 of shape (batch_size, sequence_length); for a model with a decoder
+        of its own also `decoder_input_ids`, of the same shape.
 
     Raises:
         ConfigurationError: The model has fewer positions than `sequence_length`.
@@ -141,7 +143,10 @@ def example_inputs(
     ids = torch.arange(batch_size * sequence_length, device=device) % (model.config.vocab_size - 1)
     if padding is not None:
         ids = ids + (ids >= padding)
-    return {"input_ids": ids.view(shape), "attention_mask": torch.ones(shape, dtype=torch.long, device=device)}
+    inputs = {"input_ids": ids.view(shape), "attention_mask": torch.ones(shape, dtype=torch.long, device=device)}
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs
 
 
 def _time_ms(model: nn.Module, inputs: Mapping[str, Tensor], device: torch.device) -> float:
@@ -165,6 +170,17 @@ def _inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+
+
+@contextlib.contextmanager
+def _unfused() -> Iterator[None]:
+    """Layers of `nn.TransformerEncoder` operator by operator: fused into one, nothing is seen of what they do."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 class _LiveBytes(TorchDispatchMode):

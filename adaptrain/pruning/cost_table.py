@@ -91,7 +91,8 @@ class CostTable:
     def piece(self, name: str, layer: int, kind: str, width: int) -> float:
         """Returns what one layer's units of one kind add to a cost, at a width."""
         if name != "latency":
-            return self.state["units"][layer][kind][name] * width
+            costs = self.state["units"][layer].get(kind)  # none where the family has no units of this kind
+            return costs[name] * width if costs else 0.0
         points = self.state["latency"][layer].get(kind)
         return _interpolate(points, width) if points else 0.0
 
@@ -139,7 +140,7 @@ def _unit_costs(match: Match, layer: int, shape: tuple[int, int]) -> dict[str, d
             continue
         count = sizes[kind]
         params = sum(parameter.numel() for part in parts for parameter in part.parameters()) / count
-        matrices = sum(part.linear.weight.numel() for part in parts) / count
+        matrices = sum(part.weight.numel() for part in parts) / count
         flops = 2.0 * tokens * matrices
         if kind == "heads":
             flops += 4.0 * tokens * sequence * sizes["queries"] * sizes["head_size"]  # scores, weighted sum of values
@@ -231,14 +232,12 @@ def _with_widths(dense: Structure, widths: Mapping[str, int]) -> Structure:
 
 def _variant(twin: Match, structure: Structure, layers: Sequence[int] | None = None) -> Match:
     """A copy of the twin with another structure, and only some of its layers; all outside the layers is shared."""
-    inside = {id(parameter) for parameter in twin.layers.parameters()}
+    inside = {id(parameter) for layer in twin.layers for parameter in layer.parameters()}
     shared = {id(p): p for p in (*twin.model.parameters(), *twin.model.buffers()) if id(p) not in inside}
     variant = Match(copy.deepcopy(twin.model, shared), twin.family)
     resize(variant, structure)
     if layers is not None:
-        kept = [variant.layers[index] for index in layers]
-        del variant.layers[:]
-        variant.layers.extend(kept)
+        variant.keep_layers(layers)
     return variant
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import cost
+from adaptrain.pruning.checks import check
 
 KINDS = ("heads", "ffn")
 
@@ -20,19 +22,24 @@ KINDS = ("heads", "ffn")
 class Attention:
     """Where a layer keeps its attention heads. Paths start at the layer.
 
+    A path leads to a linear module (or GPT-2's `Conv1D`), or to two parameters up to their `_weight` and `_bias`: for
+    torch's `nn.MultiheadAttention`, `"self_attn.in_proj"`. A projection into which several are fused, one after
+    another and of one size, is named for each of them, in their order. A negative number in a path counts from the
+    end of an `nn.ModuleList`.
+
     The unit that is pruned is a key-value head together with the query heads that read it; without grouped queries
     that is one head.
 
     Args:
         module: The module that splits the heads, called with the hidden states first, that returns a tuple whose
             first element is the attention output.
-        query: The query projection, an `nn.Linear` whose rows are ordered by key-value head.
+        query: The query projection, whose outputs are ordered by key-value head.
         key: The key projection.
         value: The value projection.
         output: The projection of the concatenated heads, inside of `module` or after it.
         head_size: The attribute of `module` that holds the width of one head.
-        counts: Attributes of `module` that hold the number of query heads.
-        widths: Attributes of `module` that hold the number of query heads times the width of one.
+        counts: Attributes of `module` that hold the number of query heads, where it has them.
+        widths: Attributes of `module` that hold the number of query heads times the width of one, where it has them.
     """
 
     module: str
@@ -47,11 +54,11 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForward:
-    """Where a layer keeps its feed-forward neurons. Paths start at the layer.
+    """Where a layer keeps its feed-forward neurons. Paths start at the layer, as those of `Attention`.
 
     Args:
-        inputs: The projections whose rows are the neurons: one, or gate and up.
-        output: The projection whose columns are the neurons.
+        inputs: The projections whose outputs are the neurons: one, or gate and up; one that holds both is named twice.
+        output: The projection whose inputs are the neurons.
     """
 
     inputs: tuple[str, ...]
@@ -65,9 +72,11 @@ class Family:
     Args:
         name: The family's name, kept in checkpoints.
         matches: Whether a module is a model of this family.
-        layers: The path from the backbone to the `nn.ModuleList` of its layers.
+        layers: The path from the backbone to the `nn.ModuleList` of its layers; or several, as encoder and decoder,
+            of which a model may lack some.
         attention: Where the heads are; None where they cannot be pruned.
         ffn: Where the feed-forward neurons are; None where they cannot be pruned.
+        kept: Why units of a kind cannot be pruned, by kind: told to those who ask for it.
         backbone: Returns the module that `layers` starts from.
         dense_twin: Builds a dense model like the one given, any weights, for measuring.
         example_inputs: Builds inputs `(model, batch_size, sequence_length) -> dict`, for measuring.
@@ -75,9 +84,10 @@ class Family:
 
     name: str
     matches: Callable[[nn.Module], bool]
-    layers: str
+    layers: str | tuple[str, ...]
     attention: Attention | None
     ffn: FeedForward | None
+    kept: Mapping[str, str] = field(default_factory=dict)
     backbone: Callable[[Any], nn.Module] = field(default=lambda model: model.base_model)
     dense_twin: Callable[[Any], nn.Module] = field(default=lambda model: type(model)(copy.deepcopy(model.config)))
     example_inputs: Callable[[Any, int, int], dict[str, Tensor]] = cost.example_inputs
@@ -123,7 +133,7 @@ DISTILBERT = Family(
 
 LLAMA = Family(
     name="llama",
-    matches=_of_type("llama", "mistral", "qwen2"),
+    matches=_of_type("llama", "mistral", "qwen2", "qwen3"),
     layers="layers",
     attention=Attention(
         module="self_attn",
@@ -136,15 +146,88 @@ LLAMA = Family(
     ffn=FeedForward(inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj"),
 )
 
-_FAMILIES: list[Family] = [BERT, DISTILBERT, LLAMA]
-_SUPPORTED = "BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, Llama, Mistral and Qwen2 of Hugging Face"
+GPT2 = Family(
+    name="gpt2",
+    matches=_of_type("gpt2"),
+    layers="h",
+    attention=Attention(
+        module="attn",
+        query="attn.c_attn",
+        key="attn.c_attn",
+        value="attn.c_attn",
+        output="attn.c_proj",
+        head_size="head_dim",
+        counts=("num_heads",),
+        widths=("split_size",),
+    ),
+    ffn=FeedForward(inputs=("mlp.c_fc",), output="mlp.c_proj"),
+)
+
+MODERNBERT = Family(
+    name="modernbert",
+    matches=_of_type("modernbert"),
+    layers="layers",
+    attention=Attention(
+        module="attn",
+        query="attn.Wqkv",
+        key="attn.Wqkv",
+        value="attn.Wqkv",
+        output="attn.Wo",
+        head_size="head_dim",
+        counts=("num_heads",),
+        widths=("all_head_size",),
+    ),
+    ffn=FeedForward(inputs=("mlp.Wi", "mlp.Wi"), output="mlp.Wo"),
+)
+
+_T5_HEADS = (
+    "all layers of a T5 stack add the position bias that its first layer makes, one for each head, so that none can"
+    " have fewer heads than another"
+)
+_T5: dict[str, Any] = {"layers": ("encoder.block", "decoder.block"), "attention": None, "kept": {"heads": _T5_HEADS}}
+
+
+def _t5(*, gated: bool) -> Callable[[nn.Module], bool]:
+    is_t5 = _of_type("t5", "mt5")
+    return lambda module: is_t5(module) and module.config.is_gated_act is gated  # type: ignore[union-attr]
+
+
+T5 = Family(
+    name="t5",
+    matches=_t5(gated=False),
+    ffn=FeedForward(inputs=("layer.-1.DenseReluDense.wi",), output="layer.-1.DenseReluDense.wo"),
+    **_T5,
+)
+
+T5_GATED = Family(
+    name="t5-gated",
+    matches=_t5(gated=True),
+    ffn=FeedForward(
+        inputs=("layer.-1.DenseReluDense.wi_0", "layer.-1.DenseReluDense.wi_1"), output="layer.-1.DenseReluDense.wo"
+    ),
+    **_T5,
+)
+
+_FAMILIES: list[Family] = [BERT, DISTILBERT, LLAMA, GPT2, MODERNBERT, T5, T5_GATED]
+_SUPPORTED = (
+    "BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ModernBERT, GPT-2, Llama, Mistral, Qwen2 and Qwen3 of"
+    " Hugging Face, and T5 without its heads"
+)
+_REFUSED = {"albert": "its layers share one set of parameters, so that none of them can be given a width of its own"}
 
 
 def register_family(family: Family) -> None:
     """Makes another architecture prunable; a family registered later is asked first.
 
-    A plain model needs its own `matches`, `backbone` (often `lambda model: model`), `dense_twin` (often
-    `copy.deepcopy` of a model built fresh) and `example_inputs`.
+    Declare where a layer's heads (`Attention`) and neurons (`FeedForward`) are, as paths; see there how a projection
+    that is fused is named. Leave out (None) what cannot be pruned. A model that is not Hugging Face's also needs its
+    own `matches`, `backbone` (often `lambda model: model`), `dense_twin` (builds the model anew) and `example_inputs`.
+    Register it before `fit` and before loading a checkpoint. `examples/prune_your_own_model.py` does all of it for an
+    `nn.TransformerEncoder`.
+
+    Heads can be pruned where the attention module takes their number from its projections' shapes or from attributes
+    (`counts`, `widths`), or is an `nn.MultiheadAttention`. That a family is right shows when a pruned model computes
+    what the dense one does with the same units' output columns at zero.
 
     Args:
         family: The declaration. One of the same name is replaced.
@@ -165,9 +248,26 @@ class Match:
     family: Family
 
     @property
-    def layers(self) -> nn.ModuleList:
-        """The model's layers."""
-        return self.family.backbone(self.model).get_submodule(self.family.layers)  # type: ignore[return-value]
+    def stacks(self) -> list[nn.ModuleList]:
+        """The lists that hold the model's layers: one, or an encoder's and a decoder's."""
+        backbone, paths = self.family.backbone(self.model), self.family.layers
+        if isinstance(paths, str):
+            return [backbone.get_submodule(paths)]  # type: ignore[list-item]
+        return [backbone.get_submodule(path) for path in paths if hasattr(backbone, path.split(".")[0])]  # type: ignore[misc]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The model's layers; where there are several stacks, one after another."""
+        return [layer for stack in self.stacks for layer in stack]
+
+    def keep_layers(self, layers: Iterable[int]) -> None:
+        """Takes all other layers out of the model."""
+        kept, first = set(layers), 0
+        for stack in self.stacks:
+            own = [layer for index, layer in enumerate(stack, first) if index in kept]
+            first += len(stack)
+            del stack[:]
+            stack.extend(own)
 
     def dense_twin(self) -> nn.Module:
         """Returns a new dense model of the same class, dtype and device, for measuring; its weights are random.
@@ -201,10 +301,15 @@ def find_family(module: nn.Module) -> Match:
             message names the class.
     """
     found: dict[str, nn.Module] = {}
+    averages: list[str] = []
     for path, candidate in module.named_modules():
         inside = any(path.startswith(f"{outer}." if outer else "") for outer in found)
         if "_orig_mod" in candidate._modules:
             continue  # torch.compile's wrapper, which answers for the model inside of it
+        if isinstance(candidate, AveragedModel) and candidate is not module:
+            averages.append(path)
+        if any(path.startswith(f"{average}.") for average in averages):
+            continue  # it follows the model that it is an average of
         if not inside and (_is_hugging_face(candidate) or any(family.matches(candidate) for family in _FAMILIES)):
             found[path] = candidate
     if len(found) != 1:
@@ -217,10 +322,11 @@ def find_family(module: nn.Module) -> Match:
     for family in _FAMILIES:
         if family.matches(model):
             match = Match(model, family)
-            _check(match)
+            check(match)
             return match
+    why = _REFUSED.get(getattr(getattr(model, "config", None), "model_type", ""), "no family is declared for it")
     raise ConfigurationError(
-        f"{type(model).__name__} cannot be pruned: no family is declared for it. Supported: {_SUPPORTED};"
+        f"{type(model).__name__} cannot be pruned: {why}. Supported: {_SUPPORTED};"
         " declare another with adaptrain.pruning.families.register_family."
     )
 
@@ -228,37 +334,3 @@ def find_family(module: nn.Module) -> Match:
 def _is_hugging_face(module: nn.Module) -> bool:
     """Whether a module is a model of transformers, told without importing it."""
     return hasattr(module, "base_model_prefix") and hasattr(getattr(module, "config", None), "model_type")
-
-
-def _check(match: Match) -> None:
-    """Refuses a model whose projections are not the plain linear layers that can be sliced."""
-    name = type(match.model).__name__
-    if getattr(getattr(match.model, "config", None), "add_cross_attention", False):
-        raise ConfigurationError(f"{name} cannot be pruned with add_cross_attention=True: its cross-attention is kept.")
-    names: dict[int, list[str]] = {}
-    for path, parameter in match.model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(path)
-    for index, layer in enumerate(match.layers):
-        for path in projections(match.family):
-            linear = layer.get_submodule(path)
-            if type(linear) is not nn.Linear:
-                raise ConfigurationError(
-                    f"{name} cannot be pruned: '{path}' of layer {index} is a {type(linear).__name__}, and only a plain"
-                    " nn.Linear can be sliced. Prune before adding adapters or quantizing, or leave pruning out."
-                )
-            shared = [other for parameter in linear.parameters() for other in names[id(parameter)][1:]]
-            if shared:
-                raise ConfigurationError(
-                    f"{name} cannot be pruned: '{path}' of layer {index} is shared with {', '.join(shared)}, which"
-                    " would shrink with it."
-                )
-
-
-def projections(family: Family) -> tuple[str, ...]:
-    """Returns the paths, from a layer, of every linear projection that pruning slices."""
-    paths: tuple[str, ...] = ()
-    if family.attention is not None:
-        paths += (family.attention.query, family.attention.key, family.attention.value, family.attention.output)
-    if family.ffn is not None:
-        paths += (*family.ffn.inputs, family.ffn.output)
-    return paths

@@ -60,7 +60,7 @@ class TaylorScores:
         for layer in range(len(self.match.layers)):
             for kind in self.kinds:
                 parts = slices(self.match, layer, kind)
-                if parts and not parts[-1].linear.weight.requires_grad:
+                if parts and not parts[-1].weight.requires_grad:
                     raise ConfigurationError(
                         f"importance='taylor' scores by gradients, but the {kind} of layer {layer} are frozen"
                         " (requires_grad=False). Use importance='magnitude', or train them."
@@ -76,11 +76,10 @@ class TaylorScores:
             for kind in self.kinds:
                 if kept[kind]:
                     output = slices(self.match, layer, kind)[-1]
-                    weight = output.linear.weight
+                    weight = output.weight
                     if weight.grad is None:
                         return
-                    columns = torch.einsum("oi,oi->i", weight.grad, weight)
-                    gates[layer, kind] = columns.view(-1, output.size).sum(1).abs()
+                    gates[layer, kind] = output.per_unit(weight.grad * weight).abs()
         if not gates:
             return
         usable = torch.stack([gate.sum().isfinite() for gate in gates.values()]).all()
@@ -170,10 +169,7 @@ def _relative_size(match: Match, layer: int, kind: str) -> list[float]:
     squares: Tensor | None = None
     for part in slices(match, layer, kind):
         for parameter in part.parameters():
-            units = parameter.double().pow(2)
-            if parameter.dim() == 2:
-                units = units.sum(1 - part.dim)
-            units = units.view(-1, part.size).sum(1)
+            units = part.per_unit(parameter.double().pow(2))
             squares = units if squares is None else squares + units
     assert squares is not None
     size = squares.sqrt()
@@ -183,5 +179,4 @@ def _relative_size(match: Match, layer: int, kind: str) -> list[float]:
 def _unit_params(match: Match, layer: int, kind: str) -> float:
     """Returns the parameters of one unit."""
     parts = slices(match, layer, kind)
-    units = parts[-1].linear.in_features / parts[-1].size
-    return sum(parameter.numel() for part in parts for parameter in part.parameters()) / units
+    return sum(parameter.numel() for part in parts for parameter in part.parameters()) / parts[-1].units

@@ -9,6 +9,7 @@ from torch import nn
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning.families import Match
+from adaptrain.pruning.projections import projection, submodule
 
 Structure = list[dict[str, list[int]]]
 """For each layer the kept units by kind (`"heads"`, `"ffn"`), as indices into the dense model, ascending."""
@@ -102,17 +103,19 @@ def _measure(match: Match, layer: nn.Module) -> dict[str, int]:
     attention, ffn = match.family.attention, match.family.ffn
     found = {"heads": 0, "head_size": 0, "queries": 0, "ffn": 0, "hidden": 0}
     if attention is not None:
-        head_size = int(getattr(layer.get_submodule(attention.module), attention.head_size))
-        query, key = layer.get_submodule(attention.query), layer.get_submodule(attention.key)
-        assert isinstance(query, nn.Linear)
-        assert isinstance(key, nn.Linear)
-        found["heads"] = key.out_features // head_size
+        head_size = int(getattr(submodule(layer, attention.module), attention.head_size))
+        paths = (attention.query, attention.key, attention.value)
+        query, key = projection(layer, attention.query), projection(layer, attention.key)
+        assert query is not None
+        assert key is not None
+        keys = key.outputs // paths.count(attention.key)  # a path that is named several times is several in one
+        found["heads"] = keys // head_size
         found["head_size"] = head_size
-        found["queries"] = query.out_features // key.out_features
-        found["hidden"] = query.in_features
+        found["queries"] = query.outputs // paths.count(attention.query) // keys
+        found["hidden"] = query.inputs
     if ffn is not None:
-        output = layer.get_submodule(ffn.output)
-        assert isinstance(output, nn.Linear)
-        found["ffn"] = output.in_features
-        found["hidden"] = output.out_features
+        output = projection(layer, ffn.output)
+        assert output is not None
+        found["ffn"] = output.inputs
+        found["hidden"] = output.outputs
     return found

@@ -2,95 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from adaptrain.errors import ConfigurationError
+from adaptrain.pruning import optimizer_state
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import KINDS, Attention, Match
+from adaptrain.pruning.projections import Projection, Slice, projection, submodule
+from adaptrain.pruning.standins import EmptyAttention, SlicedMultiheadAttention, stand_in_for_projections
 from adaptrain.pruning.structure import Structure
 
-
-@dataclass(frozen=True)
-class Slice:
-    """Where one projection holds the units of a layer.
-
-    Args:
-        linear: The projection.
-        dim: 0 where the units are its rows (outputs), 1 where they are its columns (inputs).
-        size: Rows or columns of each unit.
-    """
-
-    linear: nn.Linear
-    dim: int
-    size: int
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yields the parameters that hold the units: the weight, and the bias where the units are rows."""
-        for name, parameter in self.linear.named_parameters(recurse=False):
-            if name == "weight" or self.dim == 0:
-                yield parameter
-
-
-class EmptyAttention(nn.Module):
-    """An attention module whose heads are all gone: the layer keeps its output bias and the residual around it.
-
-    It holds the same parameters under the same names, now empty, so that state dicts, optimizers and distributed
-    training see a module like any other; computing with them costs nothing.
-
-    Args:
-        replaced: The attention module that it stands in for.
-        attention: The family's declaration of it.
-    """
-
-    def __init__(self, replaced: nn.Module, attention: Attention) -> None:
-        super().__init__()
-        for name, child in replaced.named_children():
-            self.add_module(name, child)
-        self._paths = {
-            role: path.removeprefix(f"{attention.module}.")
-            for role in ("query", "key", "value", "output")
-            if (path := getattr(attention, role)).startswith(f"{attention.module}.")
-        }
-        self._replaced = (replaced,)  # in a tuple: kept to be put back, not a submodule
-
-    @property
-    def replaced(self) -> nn.Module:
-        """The attention module that it stands in for."""
-        return self._replaced[0]
-
-    def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        """Returns the attention output of no heads, and no attention weights."""
-        if past_key_values is not None:
-            # The cache counts positions by what its layers were given: one dummy head, one wide.
-            seen = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(seen, seen, self.replaced.layer_idx)
-        # Every parameter, and the norm before them, takes part, if only with a gradient that is empty or zero:
-        # distributed training waits for each of them. One path back to the input is enough.
-        query, key, value = (self.get_submodule(self._paths[role]) for role in ("query", "key", "value"))
-        empty = query(hidden_states) + key(hidden_states.detach()) + value(hidden_states.detach())
-        return (self.get_submodule(self._paths["output"])(empty) if "output" in self._paths else empty), None
+_STAND_INS = (EmptyAttention, SlicedMultiheadAttention)
 
 
 def slices(match: Match, layer: int, kind: str) -> list[Slice]:
     """Returns where a layer holds its units of one kind; the last entry is the output projection."""
     module, sizes = match.layers[layer], structures.dimensions(match)[layer]
-    found: list[tuple[str, int, int]] = []
+    inputs: dict[str, list[int]] = {}  # by path, which is named once for each projection that is fused into it
     if kind == "heads" and (attention := match.family.attention) is not None:
-        wide = sizes["head_size"] * sizes["queries"]
-        found = [
-            (attention.query, 0, wide),
-            (attention.key, 0, sizes["head_size"]),
-            (attention.value, 0, sizes["head_size"]),
-            (attention.output, 1, wide),
-        ]
+        wide, output = sizes["head_size"] * sizes["queries"], attention.output
+        for path, size in ((attention.query, wide), (attention.key, sizes["head_size"])):
+            inputs.setdefault(path, []).append(size)
+        inputs.setdefault(attention.value, []).append(sizes["head_size"])
     elif kind == "ffn" and (ffn := match.family.ffn) is not None:
-        found = [*((path, 0, 1) for path in ffn.inputs), (ffn.output, 1, 1)]
-    return [Slice(module.get_submodule(path), dim, size) for path, dim, size in found]  # type: ignore[arg-type]
+        wide, output = 1, ffn.output
+        for path in ffn.inputs:
+            inputs.setdefault(path, []).append(1)
+    else:
+        return []
+    found = [Slice(_projection(module, path), True, fused[0], len(fused)) for path, fused in inputs.items()]
+    return [*found, Slice(_projection(module, output), False, wide)]
+
+
+def _projection(layer: nn.Module, path: str) -> Projection:
+    found = projection(layer, path)
+    assert found is not None, path  # checked where the family was found
+    return found
 
 
 def shrink(match: Match, keep: Structure, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
@@ -117,8 +66,9 @@ def shrink(match: Match, keep: Structure, optimizers: Sequence[torch.optim.Optim
             place = {unit: position for position, unit in enumerate(old[kind])}
             positions = [place[unit] for unit in new[kind]]
             for part in slices(match, layer, kind):
+                index = part.index(positions)
                 for parameter in part.parameters():
-                    _select(parameter, part, positions, optimizers)
+                    _select(parameter, part.dim_of(parameter), index, optimizers)
     _finish(match, keep)
 
 
@@ -132,16 +82,16 @@ def resize(match: Match, structure: Structure) -> None:
                 for part in slices(match, layer, kind):
                     for parameter in part.parameters():
                         shape = list(parameter.shape)
-                        shape[part.dim] = len(new[kind]) * part.size
+                        shape[part.dim_of(parameter)] = len(new[kind]) * part.size * part.fused
                         _replace(parameter, parameter.data.new_zeros(shape))
     _finish(match, structure)
 
 
 def check_optimizers(match: Match, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Refuses optimizers whose state does not follow the parameter's shape.
+    """Refuses optimizers whose state cannot be cut with the parameters.
 
     Raises:
-        ConfigurationError: State of a parameter that pruning cuts is neither a scalar nor of the parameter's shape.
+        ConfigurationError: State of a parameter that pruning cuts is of a layout that is not known.
     """
     prunable = [
         parameter
@@ -150,35 +100,16 @@ def check_optimizers(match: Match, optimizers: Iterable[torch.optim.Optimizer]) 
         for part in slices(match, layer, kind)
         for parameter in part.parameters()
     ]
-    for optimizer in optimizers:
-        for parameter in prunable:
-            for name, value in optimizer.state.get(parameter, {}).items():
-                scalar = not isinstance(value, (Tensor, list, tuple, dict)) or (
-                    isinstance(value, Tensor) and value.numel() == 1
-                )
-                if not scalar and not (isinstance(value, Tensor) and value.shape == parameter.shape):
-                    seen = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                    raise ConfigurationError(
-                        f"Pruning cannot cut the state of {type(optimizer).__name__}: '{name}' is {seen} for a"
-                        f" parameter of shape {tuple(parameter.shape)}. Use an optimizer whose state has the"
-                        " parameter's shape, such as AdamW, Adam, SGD or RMSprop."
-                    )
+    optimizer_state.check(optimizers, prunable)
 
 
-def _select(
-    parameter: nn.Parameter, part: Slice, positions: list[int], optimizers: Sequence[torch.optim.Optimizer]
-) -> None:
-    units = torch.tensor(positions, dtype=torch.long, device=parameter.device)
-    index = (units[:, None] * part.size + torch.arange(part.size, device=parameter.device)).flatten()
-    shape, gradient = parameter.shape, parameter.grad
+def _select(parameter: nn.Parameter, dim: int, index: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    gradient = parameter.grad
     for optimizer in optimizers:
-        state = optimizer.state.get(parameter, {})
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == shape:
-                state[name] = value.index_select(part.dim, index)
-    _replace(parameter, parameter.data.index_select(part.dim, index))
+        optimizer_state.cut(optimizer, parameter, dim, index)
+    _replace(parameter, parameter.data.index_select(dim, index))
     if gradient is not None:
-        parameter.grad = gradient.index_select(part.dim, index)
+        parameter.grad = gradient.index_select(dim, index)
 
 
 def _replace(parameter: nn.Parameter, data: Tensor) -> None:
@@ -200,23 +131,29 @@ def _finish(match: Match, structure: Structure) -> None:
     for index, (layer, kept) in enumerate(zip(match.layers, structure, strict=True)):
         for kind in KINDS:
             for part in slices(match, index, kind):
-                part.linear.out_features, part.linear.in_features = part.linear.weight.shape
-        if attention is None:
-            continue
-        module = layer.get_submodule(attention.module)
-        original = module.replaced if isinstance(module, EmptyAttention) else module
-        heads = len(kept["heads"]) * sizes[index]["queries"]
-        for name in attention.counts:
-            setattr(original, name, heads)
-        for name in attention.widths:
-            setattr(original, name, heads * sizes[index]["head_size"])
-        if kept["heads"] and module is not original:
-            _put(layer, attention.module, original.train(module.training))
-        elif not kept["heads"] and module is original:
-            _put(layer, attention.module, EmptyAttention(original, attention).train(original.training))
+                part.projection.sync()
+        if attention is not None:
+            module = submodule(layer, attention.module)
+            original = module.replaced if isinstance(module, _STAND_INS) else module
+            heads = len(kept["heads"]) * sizes[index]["queries"]
+            for names, value in ((attention.counts, heads), (attention.widths, heads * sizes[index]["head_size"])):
+                for name in names:
+                    if hasattr(original, name):  # versions of transformers differ in what they keep
+                        setattr(original, name, value)
+            fitting = _fitting(original, attention, len(kept["heads"]), sizes[index]["heads"])
+            if type(fitting) is not type(module):
+                _put(layer, attention.module, fitting.train(module.training))
+        stand_in_for_projections(layer)
     structures.remember(match, structure)
+
+
+def _fitting(original: nn.Module, attention: Attention, heads: int, dense: int) -> nn.Module:
+    """Returns what computes with that many heads: the attention module itself, or one that stands in for it."""
+    if isinstance(original, nn.MultiheadAttention):
+        return original if heads == dense else SlicedMultiheadAttention(original)
+    return original if heads else EmptyAttention(original, attention)
 
 
 def _put(layer: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
-    setattr(layer.get_submodule(parent), name, module)
+    setattr(submodule(layer, parent) if parent else layer, name, module)

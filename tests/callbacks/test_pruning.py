@@ -19,6 +19,7 @@ from adaptrain.callbacks.base import decision_log
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
+from tests.pruning.models import MODELS, WITHOUT_HEADS
 from tests.toys import (
     TextModule,
     ValidatedTextModule,
@@ -133,6 +134,13 @@ def test_other_optimizers_and_accumulation(tmp_path, optimizer) -> None:
     module = TextModule(optimizer=optimizer, lr=1e-3)
     trainer, _ = run(tmp_path, pruning(importance="magnitude"), module, accumulate_grad_batches=4)
     assert [decision.step for decision in events(trainer)] == [1, 3]  # 4 steps: after 25% and 75%
+
+
+def test_adafactor_trains_layers_that_have_nothing_left(tmp_path) -> None:
+    module = TextModule(optimizer="Adafactor", lr=1e-2)
+    _, module = run(tmp_path, pruning(target={"params": 0.67}, groups=["heads"], importance="magnitude"), module)
+    assert 0 in [layer["heads"] for layer in structures.widths(structures.current(find_family(module)))]
+    assert weights(module).isfinite().all()
 
 
 class Hears(AdaptiveCallback):
@@ -285,6 +293,24 @@ def test_the_yaml_builds_and_pickles() -> None:
     assert copied.target == {"latency": 0.5}
     assert copied.schedule == CubicSchedule(begin=0.1, end=0.6, events=6)
     assert copied.groups == ("heads", "ffn")
+
+
+def test_t5_says_why_it_keeps_its_heads(tmp_path) -> None:
+    with pytest.raises(ConfigurationError, match=r"'heads', but T5\w+ has none to prune: all layers .* position bias"):
+        run(tmp_path, pruning(), TextModule(MODELS["t5"]()))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "t5-gated"])
+def test_more_language_models(tmp_path, name) -> None:
+    module = TextModule(MODELS[name]())
+    groups = ["ffn"] if name in WITHOUT_HEADS else ["heads", "ffn"]
+    callback = pruning(target={"flops": 0.8, "params": 0.85}, groups=groups)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=2)
+    trainer.fit(module, text_loader(language_model_samples()))
+    assert [entry["met"] for entry in callback.report()["constraints"]] == [True, True]
+    match = find_family(module)
+    flops = cost.count_flops(module.model, match.example_inputs(8, 16))
+    assert callback.report()["final"]["flops"] == flops <= 0.8 * callback.report()["dense"]["flops"]
 
 
 def test_weights_without_gradients_at_the_first_event_wait(tmp_path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -18,8 +19,12 @@ SHAPE = (4, 24)
 
 
 def structure(match: Match, *widths: tuple[int, int]) -> list[dict[str, list[int]]]:
-    assert len(widths) == len(match.layers)
-    return [{"heads": list(range(heads)), "ffn": list(range(ffn))} for heads, ffn in widths]
+    """The first units of each layer, the widths in turn; never more than there are."""
+    turns = itertools.islice(itertools.cycle(widths), len(match.layers))
+    return [
+        {"heads": layer["heads"][:heads], "ffn": layer["ffn"][:ffn]}
+        for layer, (heads, ffn) in zip(structures.dense(match), turns, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -41,7 +46,7 @@ def test_parameters_and_flops_equal_the_real_model(name, widths) -> None:
 def test_memory_is_near_what_the_real_model_uses(build, widths) -> None:
     match = find_family(build())
     table = CostTable.build(match, KINDS, SHAPE, latency=False)
-    keep = structure(match, *[widths] * 4)
+    keep = structure(match, widths)
     shrink(match, keep)
     weights = sum(t.numel() * t.element_size() for t in (*match.model.parameters(), *match.model.buffers()))
     real = weights + cost.peak_activation_bytes(match.model, match.example_inputs(*SHAPE))

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.optimization import Adafactor
 
 from adaptrain import ConfigurationError
 from adaptrain.pruning import structure as structures
+from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
 from adaptrain.pruning.families import find_family
+from adaptrain.pruning.optimizer_state import skip_empty
 from adaptrain.pruning.surgery import EmptyAttention, resize, shrink, slices
-from tests.pruning.models import MODELS, batch, loss_of
+from tests.pruning.models import MODELS, batch, forward, loss_of
 from tests.toys import tiny_bert, tiny_llama
 
 OPTIMIZERS = {
@@ -47,7 +50,7 @@ def masks(match: Any, keep: list[dict[str, list[int]]]) -> dict[nn.Parameter, to
             for part in slices(match, layer, kind):
                 units = torch.zeros(sizes[kind])
                 units[kept[kind]] = 1
-                lines = units.repeat_interleave(part.size)
+                lines = units.repeat_interleave(part.size).repeat(part.fused)
                 for parameter in part.parameters():
                     shaped = lines if parameter.dim() == 1 else (lines[:, None] if part.dim == 0 else lines[None, :])
                     found[parameter] = shaped.to(parameter.dtype)
@@ -57,13 +60,14 @@ def masks(match: Any, keep: list[dict[str, list[int]]]) -> dict[nn.Parameter, to
 def step(model: Any, optimizer: Any, seed: int) -> float:
     loss = loss_of(model, seed)
     loss.backward()
+    skip_empty(optimizer)
     optimizer.step()
     optimizer.zero_grad()
     return float(loss.detach())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "modernbert"])
 def test_training_goes_on_as_with_the_units_held_at_zero(name, optimizer) -> None:
     small, masked = MODELS[name]().double(), MODELS[name]().double()
     masked.load_state_dict(small.state_dict())
@@ -94,11 +98,23 @@ def test_every_family_computes_what_zeroed_units_would(name, choose) -> None:
         for parameter, zero in masks(find_family(expected), keep).items():
             parameter.mul_(zero)
         shrink(match, keep)
-        torch.testing.assert_close(model(**batch()).logits, expected(**batch()).logits)
+        torch.testing.assert_close(forward(model, batch()), forward(expected, batch()))
     assert structures.current(match) == keep
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("choose", [some_gone, everything_gone])
+def test_every_family_is_rebuilt_from_a_checkpoint(name, choose) -> None:
+    model, fresh = MODELS[name]().eval(), MODELS[name]().eval()
+    match = find_family(model)
+    shrink(match, choose(match))
+    replay(fresh, {CHECKPOINT_KEY: structures.record(match)})
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(forward(fresh, batch()), forward(model, batch()))
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_layer_without_heads_and_neurons_still_trains_its_bias(name) -> None:
     model = MODELS[name]()
     match = find_family(model)
@@ -129,9 +145,10 @@ def test_a_layer_without_heads_survives_pickle_copy_and_putting_back() -> None:
         assert torch.equal(model(**batch()).logits, tiny_bert().eval()(**batch()).logits)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("gone", [0, 1])
-def test_generation_with_a_cache_equals_generation_without(gone) -> None:
-    model = tiny_llama().eval()
+def test_generation_with_a_cache_equals_generation_without(gone, name) -> None:
+    model = MODELS[name]().eval()
     match = find_family(model)
     keep = structures.dense(match)
     keep[gone]["heads"] = []
@@ -173,7 +190,7 @@ def test_ties_hooks_gradients_and_groups_survive() -> None:
 
 
 class RowState(torch.optim.Optimizer):
-    """Keeps one number for each row, as Adafactor does."""
+    """Keeps one number for each row, under a name that says nothing."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 1e-2})
@@ -195,6 +212,41 @@ def test_state_of_another_layout_is_refused_and_nothing_is_changed() -> None:
     with pytest.raises(ConfigurationError, match=r"RowState: 'row_mean' is \(32,\)"):
         shrink(match, some_gone(match), [optimizer])
     assert [parameter.shape for parameter in model.parameters()] == shapes
+
+
+FACTORED = {
+    "torch-foreach": (lambda p: torch.optim.Adafactor(p, lr=1e-2, foreach=True), "row_var", "col_var"),
+    "torch-loop": (lambda p: torch.optim.Adafactor(p, lr=1e-2, foreach=False), "row_var", "col_var"),
+    "transformers": (lambda p: Adafactor(p, beta1=0.9), "exp_avg_sq_row", "exp_avg_sq_col"),
+}
+
+
+@pytest.mark.parametrize("choose", [some_gone, everything_gone])
+@pytest.mark.parametrize("optimizer", FACTORED)
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_the_factors_of_adafactor_are_cut_by_row_and_by_column(name, optimizer, choose) -> None:
+    build, row, column = FACTORED[optimizer]
+    model = MODELS[name]()
+    held = build(list(model.parameters()))
+    step(model, held, 0)
+    match = find_family(model)
+    keep = choose(match)
+    before = {}
+    for layer in range(2):
+        for part in slices(match, layer, "ffn"):
+            state = held.state[part.weight]
+            factors = state[row].flatten().clone(), state[column].flatten().clone()
+            before[part.weight] = part.dim, torch.tensor(keep[layer]["ffn"], dtype=torch.long), factors
+    shrink(match, keep, [held])
+    for weight, (dim, kept, factors) in before.items():
+        for along, (key, factor) in enumerate(zip((row, column), factors, strict=True)):
+            expected = factor[kept] if along == dim else factor
+            assert torch.equal(held.state[weight][key].flatten(), expected)
+    for seed in range(1, 4):
+        assert step(model, held, seed) > 0
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    fresh = build([nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()])
+    fresh.load_state_dict(held.state_dict())  # as a resumed run does
 
 
 def test_two_cuts_equal_one() -> None:
