@@ -17,7 +17,7 @@ from adaptrain.pruning.events import describe_event
 from adaptrain.pruning.families import KINDS, Match, find_family
 from adaptrain.pruning.importance import Scorer, Scores
 from adaptrain.pruning.pruner import Pruner
-from adaptrain.pruning.scorers import ScoreBy, make_scorer, read_importance
+from adaptrain.pruning.scorers import ScoreBy, check_importance, make_scorer
 from adaptrain.pruning.shape import typical_shape
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import check_optimizers, shrink
@@ -77,7 +77,8 @@ class ProgressivePruning(AdaptiveCallback):
         super().__init__(dry_run=dry_run, name=name)
         self.target = read_target(target)
         self.groups = _read_groups(groups)
-        self.importance = read_importance(importance)
+        check_importance(importance)
+        self.importance: ScoreBy = importance
         self.schedule = _read_schedule(schedule)
         self.round_to = _read_round_to(round_to)
         self.latency_input = None if latency_input is None else _read_shape(latency_input)
@@ -177,7 +178,7 @@ class ProgressivePruning(AdaptiveCallback):
                 self._done + 1,
                 events,
             )
-            self._prune(trainer, pl_module, events, _lightning.progress(trainer))
+            self._prune(trainer, pl_module, events, _lightning.progress(trainer), announce=False)
         report = self._pruner.report() if _lightning.is_rank_zero(trainer) else None
         self._report = _lightning.broadcast(trainer, report)
         self._report["dense"] |= {"metrics": self._dense_metrics, "step": self._dense_step}
@@ -226,7 +227,7 @@ class ProgressivePruning(AdaptiveCallback):
         if self._match is not None:
             checkpoint[CHECKPOINT_KEY] = structures.record(self._match)
 
-    def _prune(self, trainer: Any, pl_module: Any, due: int, progress: float) -> None:
+    def _prune(self, trainer: Any, pl_module: Any, due: int, progress: float, *, announce: bool = True) -> None:
         """Brings the structure to where it is to be after the first `due` events."""
         match, pruner, plan = self._match, self._pruner, self.schedule.plan()
         assert match is not None
@@ -244,6 +245,8 @@ class ProgressivePruning(AdaptiveCallback):
         if self.dry_run:
             self._planned = wanted
         else:
+            if announce:
+                self.announce(trainer, "structure")
             with unwrapped(trainer):
                 shrink(match, wanted, trainer.optimizers)
         old, new, reason, readings = describe_event(

@@ -233,18 +233,17 @@ METHODS: dict[str, type[Scorer]] = {
 }
 
 
-def read_importance(importance: Any) -> ScoreBy:
-    """Returns it.
+def check_importance(importance: Any) -> None:
+    """Refuses what is neither a method nor a callable.
 
     Raises:
-        ConfigurationError: It is neither a method nor a callable.
+        ConfigurationError: It is something else.
     """
     if not callable(importance) and importance not in METHODS:
         raise ConfigurationError(
             f"importance must be one of {', '.join(METHODS)}, or a callable (match, groups) -> scores; got"
             f" {importance!r}."
         )
-    return importance
 
 
 def make_scorer(importance: ScoreBy, match: Match, kinds: tuple[str, ...]) -> Scorer:
