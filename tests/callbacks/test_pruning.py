@@ -232,6 +232,17 @@ def test_importance_of_your_own(tmp_path) -> None:
         assert layer["ffn"] == list(range(64 - len(layer["ffn"]), 64))
 
 
+def test_importance_of_your_own_by_its_name_in_a_config() -> None:
+    config = OmegaConf.create(
+        {
+            "_target_": "adaptrain.ProgressivePruning",
+            "target": {"flops": 0.6},
+            "importance": {"_target_": "hydra.utils.get_method", "path": "tests.callbacks.test_pruning.weights"},
+        }
+    )
+    assert instantiate(config).importance.__name__ == "weights"
+
+
 def test_activation_counts_micro_batches_and_leaves_no_hook(tmp_path) -> None:
     kept = []
     for others in ([], [BatchSizeController(micro_batch_size=3)]):
