@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, default=Path("benchmark_pruning.png"), help="(default: %(default)s)")
     args = parser.parse_args(arguments)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process of the arm ends too
+    signal.signal(signal.SIGTERM, _terminate)
     settings = {
         "epochs": args.epochs,
         "limit": args.limit,
@@ -90,6 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n" + table(results))
     plot(results, args.plot)
     print(f"\n{args.json} and {args.plot}")
+
+
+def _terminate(*_: Any) -> None:
+    """Leaves in order, so that the process of the arm ends too."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 def _chosen(patterns: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adaptrain import _lightning
@@ -88,6 +88,7 @@ class ProgressivePruning(AdaptiveCallback):
         self._match: Match | None = None
         self._pruner: Pruner | None = None
         self._scorer: Scorer | None = None
+        self._stop_scoring: Callable[[], None] | None = None
         self._report: dict[str, Any] = {}
         self._checked = False  # the optimizers' state
         self._done = 0  # events that are over
@@ -124,7 +125,9 @@ class ProgressivePruning(AdaptiveCallback):
         """Builds the cost table, and refuses a target that cannot be met."""
         if self._match is None or self._scorer is None:
             return
-        self.on_exit(self._scorer.start())
+        if self._done < len(self.schedule.plan()):
+            self._stop_scoring = self._scorer.start()
+            self.on_exit(self._stop_scoring)
         if callable(self.importance):
             self._scorer.scores()  # what is wrong with them is to show now
         self._pruner = Pruner(self._match, self.groups, self.target, self.round_to)
@@ -240,6 +243,8 @@ class ProgressivePruning(AdaptiveCallback):
             answer = pruner.settle(have, scores) if due == len(plan) else (pruner.propose(have, scores, share), None)
         wanted, measured = _lightning.broadcast(trainer, answer)
         first, self._done, self._waited = self._done + 1, due, False
+        if due == len(plan) and self._stop_scoring is not None:
+            self._stop_scoring()
         if wanted == have:
             return
         if self.dry_run:

@@ -252,6 +252,18 @@ def test_activation_counts_micro_batches_and_leaves_no_hook(tmp_path) -> None:
     assert kept[0] == kept[1]
 
 
+def test_activation_is_not_watched_after_the_last_event(tmp_path) -> None:
+    counts = []
+
+    class Hooks(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            counts.append(sum(len(inner._forward_pre_hooks) for inner in pl_module.modules()))
+
+    run(tmp_path, pruning(importance="activation"), others=[Hooks()])
+    # One on the model and four on projections. The last event comes after 8 of 12 steps.
+    assert counts == [5] * 8 + [0] * 4
+
+
 def test_only_the_groups_named_go(tmp_path) -> None:
     _, module = run(tmp_path, pruning(groups=["heads"], target={"flops": 0.8}))
     kept = structures.widths(structures.current(find_family(module)))
