@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adaptrain.budget import Progress as Progress
     from adaptrain.callbacks.base import AdaptiveCallback as AdaptiveCallback
     from adaptrain.callbacks.batch_size import BatchSizeController as BatchSizeController
+    from adaptrain.callbacks.distillation import Distillation as Distillation
     from adaptrain.callbacks.graceful_stop import GracefulStop as GracefulStop
     from adaptrain.callbacks.learning_rate import LearningRateController as LearningRateController
     from adaptrain.callbacks.monitor import ResourceMonitor as ResourceMonitor
@@ -44,6 +45,7 @@ _NAMES = {
     "CubicSchedule": "adaptrain.policies.sparsity",
     "Decision": "adaptrain.decisions",
     "DecisionLog": "adaptrain.decisions",
+    "Distillation": "adaptrain.callbacks.distillation",
     "GracefulStop": "adaptrain.callbacks.graceful_stop",
     "GradientNoiseScale": "adaptrain.policies.noise_scale",
     "LearningRateController": "adaptrain.callbacks.learning_rate",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adaptrain import _lightning
@@ -21,9 +21,10 @@ from adaptrain.pruning import structure as structures
 from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
 from adaptrain.pruning.events import describe_event
 from adaptrain.pruning.families import KINDS, Match, find_family
-from adaptrain.pruning.importance import METHODS, Scores, TaylorScores, magnitude_scores
+from adaptrain.pruning.importance import Scorer, Scores
 from adaptrain.pruning.optimizer_state import skip_empty
 from adaptrain.pruning.pruner import Pruner
+from adaptrain.pruning.scorers import ScoreBy, check_importance, make_scorer
 from adaptrain.pruning.shape import typical_shape
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import check_optimizers, shrink
@@ -51,7 +52,11 @@ class ProgressivePruning(AdaptiveCallback):
             no limit, and with none at all nothing is pruned.
         groups: What may go: `"heads"` (attention heads; key-value heads with their query heads where grouped) and
             `"ffn"` (feed-forward neurons).
-        importance: How units are scored: `"taylor"` (from gradients of training) or `"magnitude"` (of weights).
+        importance: How units are scored: `"taylor"` (from gradients of training), `"magnitude"` (of weights),
+            `"activation"` (mean size of a unit's output on tokens that are not padding), `"movement"` (whether training
+            moves weights away from zero), `"random"`, or your own `(match, groups) -> scores`: for each layer a mapping
+            from each group to one number, 0 or above, per unit of the dense model; called once before training to be
+            checked, and at each event.
         schedule: When events come and how far each goes: an object with `plan()`, such as `CubicSchedule`, or its
             arguments as a mapping. None: `CubicSchedule()`, 6 events from 10% to 60% of training.
         round_to: FFN widths become multiples of this: `"auto"` (by device and width), a number, or a mapping by group.
@@ -70,7 +75,7 @@ class ProgressivePruning(AdaptiveCallback):
         *,
         target: Mapping[str, Any],
         groups: Sequence[str] = KINDS,
-        importance: str = "taylor",
+        importance: ScoreBy = "taylor",
         schedule: Any = None,
         round_to: str | int | Mapping[str, int] = "auto",
         latency_input: Sequence[int] | None = None,
@@ -80,9 +85,8 @@ class ProgressivePruning(AdaptiveCallback):
         super().__init__(dry_run=dry_run, name=name)
         self.target = read_target(target)
         self.groups = _read_groups(groups)
-        if importance not in METHODS:
-            raise ConfigurationError(f"importance must be one of {', '.join(METHODS)}, got {importance!r}.")
-        self.importance = importance
+        check_importance(importance)
+        self.importance: ScoreBy = importance
         self.schedule = _read_schedule(schedule)
         self.round_to = _read_round_to(round_to)
         self.latency_input = None if latency_input is None else _read_shape(latency_input)
@@ -91,7 +95,8 @@ class ProgressivePruning(AdaptiveCallback):
     def _reset(self) -> None:
         self._match: Match | None = None
         self._pruner: Pruner | None = None
-        self._taylor: TaylorScores | None = None
+        self._scorer: Scorer | None = None
+        self._stop_scoring: Callable[[], None] | None = None
         self._report: dict[str, Any] = {}
         self._checked = False  # the optimizers' state
         self._done = 0  # events that are over
@@ -129,14 +134,18 @@ class ProgressivePruning(AdaptiveCallback):
                 raise ConfigurationError(
                     f"groups names {kind!r}, but {type(match.model).__name__} has none to prune{why}."
                 )
-        if self.importance == "taylor":
-            self._taylor = TaylorScores(match, self.groups)
-            self._taylor.check()
+        self._scorer = make_scorer(self.importance, match, self.groups)
+        self._scorer.check()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Builds the cost table, and refuses a target that cannot be met."""
-        if self._match is None:
+        if self._match is None or self._scorer is None:
             return
+        if self._done < len(self.schedule.plan()):
+            self._stop_scoring = self._scorer.start()
+            self.on_exit(self._stop_scoring)
+        if callable(self.importance):
+            self._scorer.scores()  # what is wrong with them is to show now
         self._pruner = Pruner(self._match, self.groups, self.target, self.round_to)
         if self._table is None:
             shape = self.latency_input or typical_shape(trainer.train_dataloader)
@@ -148,14 +157,14 @@ class ProgressivePruning(AdaptiveCallback):
         self._pruner.use_table(self._table)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Scores the units by the gradients of this step, complete and not yet clipped."""
+        """Scores the units by this step: its gradients are complete and not yet clipped."""
         skip_empty(optimizer)
-        if self._taylor is not None and self._done < len(self.schedule.plan()):
-            self._taylor.update()
+        if self._scorer is not None and self._done < len(self.schedule.plan()):
+            self._scorer.update()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Prunes where an event is due, after a complete optimizer step."""
-        if self._pruner is None or not _lightning.at_step_boundary(trainer):
+        if self._pruner is None or self._scorer is None or not _lightning.at_step_boundary(trainer):
             return
         if not self._checked:
             assert self._match is not None
@@ -164,7 +173,7 @@ class ProgressivePruning(AdaptiveCallback):
         plan = self.schedule.plan()
         progress = _lightning.progress(trainer)
         due = sum(event.position <= progress + 1e-9 for event in plan)
-        if due <= self._done or (self._taylor is not None and not self._taylor.ready):
+        if due <= self._done or not self._scorer.ready:
             return
         if not self._waited and _anywhere(validation_follows(trainer), pl_module):
             self._waited = True  # validation first: it shows a model that has recovered, not one just cut
@@ -181,16 +190,15 @@ class ProgressivePruning(AdaptiveCallback):
         """Prunes what training ended too early for, and measures the final model against a dense one."""
         if self._pruner is None:
             return
-        assert self._match is not None
+        assert self._scorer is not None
         events = len(self.schedule.plan())
-        scored = self._taylor is None or self._taylor.ready
-        if self._done < events and scored:
+        if self._done < events and self._scorer.ready:
             _log.warning(
                 "Training ended before pruning event %d of %d; the rest is pruned now, without training to recover.",
                 self._done + 1,
                 events,
             )
-            self._prune(trainer, pl_module, events, _lightning.progress(trainer))
+            self._prune(trainer, pl_module, events, _lightning.progress(trainer), announce=False)
         report = self._pruner.report() if _lightning.is_rank_zero(trainer) else None
         self._report = _lightning.broadcast(trainer, report)
         self._report["dense"] |= {"metrics": self._dense_metrics, "step": self._dense_step}
@@ -218,7 +226,7 @@ class ProgressivePruning(AdaptiveCallback):
             "waited": self._waited,
             "planned": self._planned,
             "table": self._table,
-            "taylor": None if self._taylor is None else self._taylor.state_dict(),
+            "scores": None if self._scorer is None else self._scorer.state_dict(),
             "dense_metrics": self._dense_metrics,
             "dense_step": self._dense_step,
             "structure": None if self._match is None else structures.record(self._match),
@@ -232,14 +240,14 @@ class ProgressivePruning(AdaptiveCallback):
         self._table = state_dict["table"]
         self._dense_metrics = state_dict["dense_metrics"]
         self._dense_step = state_dict["dense_step"]
-        if self._taylor is not None and state_dict["taylor"] is not None:
-            self._taylor.load_state_dict(state_dict["taylor"])
+        if self._scorer is not None and state_dict["scores"] is not None:
+            self._scorer.load_state_dict(state_dict["scores"])
 
     def _note_structure(self, checkpoint: dict[str, Any]) -> None:
         if self._match is not None:
             checkpoint[CHECKPOINT_KEY] = structures.record(self._match)
 
-    def _prune(self, trainer: Any, pl_module: Any, due: int, progress: float) -> None:
+    def _prune(self, trainer: Any, pl_module: Any, due: int, progress: float, *, announce: bool = True) -> None:
         """Brings the structure to where it is to be after the first `due` events."""
         match, pruner, plan = self._match, self._pruner, self.schedule.plan()
         assert match is not None
@@ -252,11 +260,15 @@ class ProgressivePruning(AdaptiveCallback):
             answer = pruner.settle(have, scores) if due == len(plan) else (pruner.propose(have, scores, share), None)
         wanted, measured = _lightning.broadcast(trainer, answer)
         first, self._done, self._waited = self._done + 1, due, False
+        if due == len(plan) and self._stop_scoring is not None:
+            self._stop_scoring()
         if wanted == have:
             return
         if self.dry_run:
             self._planned = wanted
         else:
+            if announce:
+                self.announce(trainer, "structure")
             with unwrapped(trainer):
                 shrink(match, wanted, trainer.optimizers)
                 for copied in averaged_copies(trainer, pl_module):
@@ -269,8 +281,8 @@ class ProgressivePruning(AdaptiveCallback):
 
     def _scores(self, pl_module: Any) -> Scores:
         """Returns the scores, the same on every rank."""
-        assert self._match is not None
-        scores = self._taylor.scores() if self._taylor is not None else magnitude_scores(self._match, self.groups)
+        assert self._scorer is not None
+        scores = self._scorer.scores()
         flat = [value for layer in scores for values in layer.values() for value in values]
         shared = iter(_lightning.all_reduce(flat, device=pl_module.device))
         return [{kind: [next(shared) for _ in values] for kind, values in layer.items()} for layer in scores]

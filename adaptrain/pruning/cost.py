@@ -38,7 +38,7 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
         model: The model, called as `model(**inputs)`.
         inputs: Its inputs, on its device.
     """
-    with _inference(model), _unfused(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with evaluating(model), _unfused(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return int(counter.get_total_flops())
 
@@ -73,7 +73,7 @@ def measure_latency(
     collecting = gc.isenabled()
     with contextlib.ExitStack() as stack:
         for model in models.values():
-            stack.enter_context(_inference(model))
+            stack.enter_context(evaluating(model))
         gc.disable()
         stack.callback(gc.enable if collecting else gc.disable)
         for _ in range(_WARM_UP):
@@ -101,7 +101,7 @@ def peak_activation_bytes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int
         inputs: Its inputs, on its device.
     """
     known = (*model.parameters(), *model.buffers(), *inputs.values())
-    with _inference(model), _unfused(), _LiveBytes({tensor.untyped_storage().data_ptr() for tensor in known}) as live:
+    with evaluating(model), _unfused(), _LiveBytes({tensor.untyped_storage().data_ptr() for tensor in known}) as live:
         model(**inputs)
     return live.peak
 
@@ -160,7 +160,7 @@ def _time_ms(model: nn.Module, inputs: Mapping[str, Tensor], device: torch.devic
 
 
 @contextlib.contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every submodule's own training flag is put back."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -20,6 +20,7 @@ _KNOB_LABELS = {
     "micro_batch_size": "micro-batch size",
     "global_batch_size": "global batch size",
     "learning_rate": "learning rate (multiplier)",
+    "distillation": "distillation (the teacher's share of the loss)",
     "wall_clock": "wall clock (steps planned and taken)",
 }
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import logging
 import pickle
 from pathlib import Path
@@ -14,11 +15,19 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import adaptrain
-from adaptrain import AdaptiveCallback, ConfigurationError, CubicSchedule, OneShotSchedule, ProgressivePruning
+from adaptrain import (
+    AdaptiveCallback,
+    BatchSizeController,
+    ConfigurationError,
+    CubicSchedule,
+    OneShotSchedule,
+    ProgressivePruning,
+)
 from adaptrain.callbacks.base import decision_log
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
+from adaptrain.pruning.scorers import METHODS
 from tests.pruning.models import MODELS, WITHOUT_HEADS
 from tests.toys import (
     TextModule,
@@ -210,12 +219,57 @@ def test_a_language_model_with_tied_embeddings(tmp_path) -> None:
     assert "KV groups" in events(trainer)[0].reason
 
 
-def test_taylor_and_magnitude_choose_differently(tmp_path) -> None:
+def test_every_importance_chooses_differently(tmp_path) -> None:
     kept = []
-    for importance in ("taylor", "magnitude"):
-        _, module = run(tmp_path / importance, pruning(importance=importance))
+    for importance in METHODS:
+        callback = pruning(importance=importance)
+        _, module = run(tmp_path / importance, callback)
+        assert all(limit["met"] for limit in callback.report()["constraints"])
         kept.append(structures.current(find_family(module)))
-    assert kept[0] != kept[1]
+    assert all(one != other for one, other in itertools.combinations(kept, 2))
+
+
+def test_importance_of_your_own(tmp_path) -> None:
+    def last_first(match: Any, kinds: tuple[str, ...]) -> Any:
+        return [
+            {kind: [float(n) for n in range(size[kind])] for kind in kinds} for size in structures.dimensions(match)
+        ]
+
+    _, module = run(tmp_path, pruning(importance=last_first, groups="ffn"))
+    for layer in structures.current(find_family(module)):
+        assert layer["ffn"] == list(range(64 - len(layer["ffn"]), 64))
+
+
+def test_importance_of_your_own_by_its_name_in_a_config() -> None:
+    config = OmegaConf.create(
+        {
+            "_target_": "adaptrain.ProgressivePruning",
+            "target": {"flops": 0.6},
+            "importance": {"_target_": "hydra.utils.get_method", "path": "tests.callbacks.test_pruning.weights"},
+        }
+    )
+    assert instantiate(config).importance.__name__ == "weights"
+
+
+def test_activation_counts_micro_batches_and_leaves_no_hook(tmp_path) -> None:
+    kept = []
+    for others in ([], [BatchSizeController(micro_batch_size=3)]):
+        _, module = run(tmp_path / str(len(others)), pruning(importance="activation"), others=others)
+        kept.append(structures.current(find_family(module)))
+        assert not any(inner._forward_pre_hooks for inner in module.modules())
+    assert kept[0] == kept[1]
+
+
+def test_activation_is_not_watched_after_the_last_event(tmp_path) -> None:
+    counts = []
+
+    class Hooks(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            counts.append(sum(len(inner._forward_pre_hooks) for inner in pl_module.modules()))
+
+    run(tmp_path, pruning(importance="activation"), others=[Hooks()])
+    # One on the model and four on projections. The last event comes after 8 of 12 steps.
+    assert counts == [5] * 8 + [0] * 4
 
 
 def test_only_the_groups_named_go(tmp_path) -> None:
@@ -239,6 +293,7 @@ def test_round_to(tmp_path) -> None:
         ({"target": {"flops": 0.2}, "groups": ["ffn"]}, "with all FFN neurons removed"),
         ({"target": {"latency_ms": 1e-6}}, "budget.latency_ms=1e-06 cannot be met"),
         ({"latency_input": (1, 65)}, "at most 64 tokens"),
+        ({"importance": lambda match, kinds: []}, "it returned 0 layers for 2"),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_the_first_step(tmp_path, arguments, seen) -> None:

@@ -95,6 +95,14 @@ def test_resumed_after_the_last_event(whole, tmp_path) -> None:
     assert trainer.callbacks[0].report()["events"] == 2
 
 
+@pytest.mark.parametrize("importance", ["activation", "movement", "random"])
+def test_scores_resume(tmp_path, importance) -> None:
+    _, expected = fit(tmp_path / "whole", importance=importance)
+    _, module = fit(tmp_path / "resumed", resume=tmp_path / "whole" / "step=12.ckpt", importance=importance)
+    assert module.losses == expected.losses[12:]
+    assert torch.equal(weights(module), weights(expected))
+
+
 def test_a_dry_run_resumes(tmp_path) -> None:
     _, expected = fit(tmp_path / "whole", dry_run=True)
     trainer, module = fit(tmp_path / "resumed", resume=tmp_path / "whole" / "step=12.ckpt", dry_run=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import adaptrain
+from tests.toys import tiny_bert
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,18 @@ SETTINGS = {
                 ({"groups": ("heads", "wheels")}, "wheels"),
             ),
             frozenset({"structure"}),
+        ),
+        Setting(
+            "Distillation",
+            "distillation",
+            {"teacher": tiny_bert(ffn=96), "hidden": True},
+            (
+                ({"teacher": ""}, "teacher"),
+                ({"temperature": 0}, "temperature"),
+                ({"weight": 1.5}, "weight"),
+                ({"every": 0}, "every"),
+            ),
+            frozenset({"distillation"}),
         ),
         Setting(
             "ResourceMonitor", "monitor", {"interval_s": 0.05}, (({"interval_s": 0}, "interval_s"),), has_dry_run=False

@@ -1,0 +1,275 @@
+"""More ways to score units than by gradients of a gate and norms of weights, and the choice between all of them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from adaptrain.errors import ConfigurationError
+from adaptrain.pruning import structure as structures
+from adaptrain.pruning.families import Match
+from adaptrain.pruning.importance import (
+    MagnitudeScores,
+    RunningScores,
+    Scorer,
+    Scores,
+    TaylorScores,
+    check_trained,
+    unit_params,
+)
+from adaptrain.pruning.projections import Slice
+from adaptrain.pruning.surgery import slices
+
+ScoreBy = str | Callable[[Match, tuple[str, ...]], Scores]
+"""A name, or your own: `(match, groups) -> Scores`."""
+
+
+class ActivationScores(RunningScores):
+    """How much a unit says: the mean absolute activation of its output over the tokens that are not padding.
+
+    A unit's output is what the output projection reads of it: a neuron after its nonlinearity (and gate), a head
+    after attention. Watched in the forward passes of training, averaged over steps. Under data-parallel training each
+    rank watches its own samples and the scores are averaged when they are used; a resumed run goes on with rank
+    zero's averages.
+
+    Source: Hu et al. 2016, "Network Trimming", who count what is not zero, for activations that seldom are.
+    """
+
+    def __init__(self, match: Match, kinds: tuple[str, ...], *, decay: float = 0.95) -> None:
+        super().__init__(match, kinds, decay=decay)
+        self._seen: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # sums over tokens, tokens
+        self._mask: Tensor | None = None
+        self._watching = False
+
+    def check(self) -> None:
+        """Refuses a model whose output projections cannot be watched.
+
+        Raises:
+            ConfigurationError: One is `nn.MultiheadAttention`'s, which is never called as a module.
+        """
+        for layer in range(len(self.match.layers)):
+            for kind in self.kinds:
+                if any(isinstance(part.linear, NonDynamicallyQuantizableLinear) for part in self._parts(layer, kind)):
+                    raise ConfigurationError(
+                        f"importance='activation' cannot watch the {kind} of layer {layer}: nn.MultiheadAttention does"
+                        " not call its output projection. Use importance='taylor'."
+                    )
+
+    def _parts(self, layer: int, kind: str) -> list[Slice]:
+        return slices(self.match, layer, kind)[-1:]
+
+    def start(self) -> Callable[[], None]:
+        """Hooks into the forward passes; they compute the same as before."""
+        handles = [self.match.model.register_forward_pre_hook(self._note_mask, with_kwargs=True)]
+        for layer in range(len(self.match.layers)):
+            for kind in self.kinds:
+                if parts := self._parts(layer, kind):
+
+                    def see(
+                        _: Any, inputs: Any, key: tuple[int, str] = (layer, kind), size: int = parts[-1].size
+                    ) -> None:
+                        self._see(key, size, inputs[0])
+
+                    handles.append(parts[-1].linear.register_forward_pre_hook(see))
+
+        def stop() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return stop
+
+    def _note_mask(self, model: Any, args: Any, kwargs: Any) -> None:
+        self._watching = model.training and torch.is_grad_enabled()
+        mask = kwargs.get("attention_mask")
+        if mask is None and args:
+            mask = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        self._mask = mask
+
+    @torch.no_grad()
+    def _see(self, key: tuple[int, str], size: int, activation: Tensor) -> None:
+        if not self._watching or not activation.shape[-1]:
+            return
+        exact = torch.promote_types(activation.dtype, torch.float32)  # a sum over many tokens
+        tokens = activation.detach().flatten(0, -2).abs().to(exact)
+        real = tokens.new_ones(len(tokens)) if self._mask is None else self._mask.flatten().to(tokens)
+        if len(real) != len(tokens):
+            raise ConfigurationError(
+                f"importance='activation' needs an attention_mask of shape (samples, tokens) to leave padding out, got"
+                f" {tuple(self._mask.shape if self._mask is not None else ())} for activations of"
+                f" {tuple(activation.shape)}. Use importance='taylor'."
+            )
+        sums, count = (real @ tokens).view(-1, size).mean(1), real.sum()
+        before = self._seen.get(key)
+        self._seen[key] = (sums, count) if before is None else (before[0] + sums, before[1] + count)
+
+    def update(self) -> None:
+        """Takes in what the forward passes since the last step have shown."""
+        dtype = next(self.match.model.parameters()).dtype
+        self.observe({key: (sums / count).to(dtype) for key, (sums, count) in self._seen.items()})
+        self._seen = {}
+
+
+class MovementScores(RunningScores):
+    """Whether training moves a unit away from zero or towards it: −Σ g·w over its parameters, summed over all steps.
+
+    The sums may be negative. What they are within a layer counts from the lowest one, since no unit may be worth less
+    than nothing.
+
+    Source: Sanh et al. 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", by group.
+    """
+
+    def check(self) -> None:
+        """Refuses a model whose gradients will not be there.
+
+        Raises:
+            ConfigurationError: A projection is frozen.
+        """
+        check_trained(self.match, self.kinds, "movement", lambda parts: parts)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the gradients of an optimizer step; a step whose gradients are missing or not finite is left out."""
+        moves: dict[tuple[int, str], Tensor] = {}
+        for layer, kept in enumerate(structures.current(self.match)):
+            for kind in self.kinds:
+                if not kept[kind]:
+                    continue
+                total = None
+                for part in slices(self.match, layer, kind):
+                    for parameter in part.parameters():
+                        if not parameter.requires_grad:
+                            continue
+                        if parameter.grad is None:
+                            return
+                        move = part.per_unit(parameter.grad * parameter)
+                        total = move if total is None else total + move
+                if total is not None:
+                    moves[layer, kind] = -total
+        self.observe(moves)
+
+    def _merge(self, past: Tensor, value: Tensor) -> Tensor:
+        return past + value
+
+    def _nothing(self, past: Tensor) -> Tensor:
+        return torch.zeros_like(past)
+
+    def _correction(self) -> float:
+        return 1.0
+
+    def changes(self) -> Scores:
+        """Returns the sums of each layer and kind, counted from the lowest."""
+        found = super().changes()
+        for layer, kept in enumerate(structures.current(self.match)):
+            for kind in self.kinds:
+                if kept[kind]:
+                    lowest = min(found[layer][kind][unit] for unit in kept[kind])
+                    for unit in kept[kind]:
+                        found[layer][kind][unit] -= lowest
+        return found
+
+
+class RandomScores(Scorer):
+    """Chance, to compare with: uniform numbers scaled like the others, drawn once, so that every event agrees."""
+
+    def __init__(self, match: Match, kinds: tuple[str, ...]) -> None:
+        super().__init__(match, kinds)
+        self._seed = torch.initial_seed()  # the run's
+
+    def scores(self) -> Scores:
+        """Returns the scores."""
+        generator = torch.Generator().manual_seed(self._seed)
+        found: Scores = []
+        for layer, (kept, sizes) in enumerate(
+            zip(structures.current(self.match), structures.dimensions(self.match), strict=True)
+        ):
+            found.append({})
+            for kind in self.kinds:
+                drawn = torch.rand(sizes[kind], generator=generator).tolist()
+                left = set(kept[kind])
+                worth = unit_params(self.match, layer, kind) if left else 0.0
+                found[layer][kind] = [worth * value if unit in left else 0.0 for unit, value in enumerate(drawn)]
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the seed."""
+        return {"seed": self._seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over the seed of a run that is resumed."""
+        self._seed = state["seed"]
+
+
+class OwnScores(Scorer):
+    """Scores of the user's own.
+
+    Args:
+        match: The model.
+        kinds: The kinds of units to score.
+        score: `(match, groups) -> Scores`: for each layer a number, 0 or above, of every unit of the dense model by
+            kind; what units that are gone get does not matter.
+    """
+
+    def __init__(self, match: Match, kinds: tuple[str, ...], score: Callable[[Match, tuple[str, ...]], Scores]) -> None:
+        super().__init__(match, kinds)
+        self._score = score
+
+    def scores(self) -> Scores:
+        """Returns the scores.
+
+        Raises:
+            ConfigurationError: They are not of the model's shape, or not numbers of at least 0.
+        """
+        given = self._score(self.match, self.kinds)
+        sizes = structures.dimensions(self.match)
+        hint = "importance must return for each layer a mapping from each group to one number, 0 or above, per unit"
+        if len(given) != len(sizes):
+            raise ConfigurationError(f"{hint}: it returned {len(given)} layers for {len(sizes)}.")
+        for index, (layer, size) in enumerate(zip(given, sizes, strict=True)):
+            for kind in self.kinds:
+                values = [float(value) for value in layer.get(kind, ())]
+                if len(values) != size[kind]:
+                    raise ConfigurationError(
+                        f"{hint}: it returned {len(values)} numbers for the {size[kind]} {kind} of layer {index}."
+                    )
+                if wrong := [value for value in values if not (math.isfinite(value) and value >= 0)]:
+                    raise ConfigurationError(f"{hint}: it returned {wrong[0]} for the {kind} of layer {index}.")
+        return [{kind: [float(value) for value in layer[kind]] for kind in self.kinds} for layer in given]
+
+
+METHODS: dict[str, type[Scorer]] = {
+    "taylor": TaylorScores,
+    "magnitude": MagnitudeScores,
+    "activation": ActivationScores,
+    "movement": MovementScores,
+    "random": RandomScores,
+}
+
+
+def check_importance(importance: Any) -> None:
+    """Refuses what is neither a method nor a callable.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if not callable(importance) and importance not in METHODS:
+        raise ConfigurationError(
+            f"importance must be one of {', '.join(METHODS)}, or a callable (match, groups) -> scores; got"
+            f" {importance!r}."
+        )
+
+
+def make_scorer(importance: ScoreBy, match: Match, kinds: tuple[str, ...]) -> Scorer:
+    """Returns the scorer of a model.
+
+    Args:
+        importance: A name, or a callable.
+        match: The model.
+        kinds: The kinds of units to score.
+    """
+    return METHODS[importance](match, kinds) if isinstance(importance, str) else OwnScores(match, kinds, importance)

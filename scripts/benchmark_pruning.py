@@ -1,0 +1,220 @@
+"""Pruning while training, beside its peers: accuracy over measured latency on a fine-tuned sentence classifier.
+
+Every arm fine-tunes the same pretrained encoder, paired by seed (same new head, same order of samples). An arm is a
+method, with the latency it aims at as a fraction of the dense model's behind an @:
+
+    dense               plain fine-tuning
+    ours                ProgressivePruning, to the latency
+    ours+distillation   the same, taught by the dense model from the first event on
+    tp-taylor           Torch-Pruning once after the first epoch, heads and FFN, by gradients; new optimizer afterwards
+    tp-magnitude        the same by weights
+    lightning           Lightning's ModelPruning, which sets 1 - target of the weights to zero after the first epoch
+    small               not pruned: the first layers of the encoder, narrowed to the latency, tuned from the start
+
+Each (arm, seed) runs in a process of its own, is appended to the JSON file when done, and is left out when run again.
+Data are train.tsv, dev.tsv and test.tsv with lines of sentence<TAB>label and no header.
+
+    pip install 'adaptrain[bench]'
+    python scripts/benchmark_pruning.py --model MODEL_FOLDER --data DATA_FOLDER --seeds 0 1 2
+    python scripts/benchmark_pruning.py ... --arms dense 'ours@*'       # some arms
+    python scripts/benchmark_pruning.py ... --limit 320 --epochs 1      # a quick look
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ARMS = (
+    "dense",
+    *(
+        f"{method}@{target}"
+        for target in (0.5, 0.28)
+        for method in ("ours", "ours+distillation", "tp-taylor", "tp-magnitude", "small")
+    ),
+    *(f"{method}@{target}" for target in (0.7, 0.15) for method in ("ours", "ours+distillation", "tp-taylor", "small")),
+    "lightning@0.5",
+    "lightning@0.28",
+)
+COLUMNS = ("arm", "runs", "dev %", "test %", "vs dense", "latency", "params M", "zeros", "wall s", "peak GiB", "events")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a pretrained BERT encoder, such as MiniLM")
+    parser.add_argument("--data", required=True, help="folder with train.tsv, dev.tsv and test.tsv")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), help="arms, or patterns such as 'ours*' (default: all)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--epochs", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--limit", type=int, help="samples of each split (default: all)")
+    parser.add_argument("--batch-size", type=int, default=32, help="(default: 32)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak of the linear schedule (default: 1e-4)")
+    parser.add_argument("--threads", type=int, default=2, help="of each process (default: 2)")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmark_pruning.json"), help="results (default: %(default)s)"
+    )
+    parser.add_argument("--plot", type=Path, default=Path("benchmark_pruning.png"), help="(default: %(default)s)")
+    args = parser.parse_args(arguments)
+
+    signal.signal(signal.SIGTERM, _terminate)
+    settings = {
+        "epochs": args.epochs,
+        "limit": args.limit,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "threads": args.threads,
+    }
+    results = _load(args.json, settings)
+    done = {(result["arm"], result["seed"]) for result in results}
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # heard by the processes started below
+    for seed in args.seeds:
+        for arm in _chosen(args.arms):
+            if (arm, seed) in done:
+                continue
+            print(f"{arm}, seed {seed} ...", flush=True)
+            result = _run_in_process(arm=arm, seed=seed, data=args.data, model=args.model, **settings)
+            results.append(result)
+            _save(args.json, settings, results)
+            print(f"  test {result['test']:.2%}, latency {result['latency']:.3f}, {result['wall_s']:.0f} s", flush=True)
+    print("\n" + table(results))
+    plot(results, args.plot)
+    print(f"\n{args.json} and {args.plot}")
+
+
+def _terminate(*_: Any) -> None:
+    """Leaves in order, so that the process of the arm ends too."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
+
+
+def _chosen(patterns: Sequence[str]) -> list[str]:
+    """Returns the arms asked for, in order: patterns choose among the usual ones, full names are free."""
+    chosen: list[str] = []
+    for pattern in patterns:
+        known = [arm for arm in ARMS if fnmatch(arm, pattern)]
+        chosen += known or [pattern]
+    return list(dict.fromkeys(chosen))
+
+
+def _run_in_process(**job: Any) -> dict[str, Any]:
+    """Runs an arm in a fresh process, so that its memory is its own."""
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(job, sender), daemon=True)  # ends with this one
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise SystemExit(f"{job['arm']} with seed {job['seed']} failed; what is done is kept.") from None
+
+
+def _run(job: dict[str, Any], sender: Any) -> None:
+    from pruning_arms import CALLBACKS, Job, run
+
+    asked = Job(**job)
+    if asked.method not in CALLBACKS:
+        raise SystemExit(f"There is no arm {asked.arm!r}. Methods are {', '.join(CALLBACKS)}.")
+    sender.send(run(asked))
+
+
+def _load(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["settings"] != settings:
+        raise SystemExit(f"{path} holds results of other settings, {found['settings']}. Give another --json.")
+    return found["results"]
+
+
+def _save(path: Path, settings: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({"settings": settings, "results": results}, indent=1), encoding="utf-8")
+    part.replace(path)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Returns the results as text, one line an arm: means over seeds with standard deviations, medians of costs."""
+    dense = {result["seed"]: result["test"] for result in results if result["arm"] == "dense"}
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    for arm in dict.fromkeys(result["arm"] for result in results):
+        runs = [result for result in results if result["arm"] == arm]
+        gaps = [100 * (r["test"] - dense[r["seed"]]) for r in runs if r["seed"] in dense]
+
+        def median(name: str, runs: list[dict[str, Any]] = runs) -> float:
+            return statistics.median(run[name] for run in runs)
+
+        rows.append(
+            (
+                arm,
+                str(len(runs)),
+                _mean([100 * run["dev"] for run in runs]),
+                _mean([100 * run["test"] for run in runs]),
+                _mean(gaps, sign="+") if gaps else "-",
+                f"{median('latency'):.3f}",
+                f"{median('params') / 1e6:.2f}",
+                f"{median('zeros'):.0%}",
+                f"{median('wall_s'):.0f}",
+                f"{median('peak_gib'):.2f}",
+                f"{median('events'):g}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _mean(values: list[float], *, sign: str = "") -> str:
+    spread = f" ±{statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{spread}"
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draws test accuracy over measured latency, means over seeds with a standard deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    methods: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for result in results:
+        methods.setdefault(result["arm"].partition("@")[0], {}).setdefault(result["arm"], []).append(result)
+    for marker, (method, arms) in zip("soD^vP*X<>" * 2, methods.items(), strict=False):
+        points = []
+        for runs in arms.values():
+            accuracies = [100 * run["test"] for run in runs]
+            spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+            points.append((statistics.median(run["latency"] for run in runs), statistics.mean(accuracies), spread))
+        latency, accuracy, spread = zip(*sorted(points), strict=True)
+        if method == "dense":
+            axes.axhline(accuracy[0], color="0.7", linewidth=1, zorder=0)
+        axes.errorbar(latency, accuracy, yerr=spread, marker=marker, capsize=3, label=method)
+    axes.set_xscale("log")
+    ticks = [0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("measured latency, as a fraction of the dense model's")
+    axes.set_ylabel("test accuracy in %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

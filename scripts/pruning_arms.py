@@ -1,0 +1,359 @@
+"""The arms of benchmark_pruning.py: how each of them trains one model, and the peers it is compared with."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelPruning
+from torch import nn
+
+import adaptrain
+from adaptrain.callbacks.base import decision_log
+from adaptrain.nlp.datamodules import TextDataModule
+from adaptrain.nlp.modules import TextClassifier
+from adaptrain.nlp.quiet import quiet_transformers
+from adaptrain.pruning import cost
+from adaptrain.pruning import structure as structures
+from adaptrain.pruning.families import find_family, projections
+from adaptrain.pruning.importance import magnitude_scores
+from adaptrain.pruning.shape import typical_shape
+from adaptrain.pruning.surgery import shrink
+from adaptrain.resources.peak import PeakMemory
+
+GIB = 2**30
+SCORED_BATCHES = 20  # whose gradients Torch-Pruning scores by: about as many optimizer steps as ours remembers
+NEAR, FITS = 0.94, 0.99  # of a latency target: a candidate in between counts as there, with room for noise
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm with one seed.
+
+    Args:
+        arm: The method, and after an @ the latency it aims at as a fraction of the dense model's, as `ours@0.5`.
+        seed: Of the classifier's head, the order of the samples and dropout; arms of one seed share all three.
+        model: The folder of the pretrained model.
+        data: The folder with train.tsv, dev.tsv and test.tsv.
+        epochs: Passes over the training data.
+        limit: Samples of each split; None: all.
+        batch_size: Samples in a step.
+        lr: The peak of the linear schedule.
+        threads: Torch's.
+    """
+
+    arm: str
+    seed: int
+    model: str
+    data: str
+    epochs: int
+    limit: int | None
+    batch_size: int
+    lr: float
+    threads: int
+
+    @property
+    def method(self) -> str:
+        return self.arm.partition("@")[0]
+
+    @property
+    def target(self) -> float:
+        return float(self.arm.partition("@")[2] or 1.0)
+
+
+class Watch:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Any:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class TimedPruning(adaptrain.ProgressivePruning):
+    """Ours, with a watch on what it costs."""
+
+    def __init__(self, watch: Watch, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._watch = watch
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        with self._watch("table"):
+            super().on_train_start(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        with self._watch("scoring"):
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with self._watch("events"):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        with self._watch("report"):
+            super().on_train_end(trainer, pl_module)
+
+
+class TorchPruning(pl.Callback):
+    """Torch-Pruning after the first epoch: one cut to the target, then a new optimizer, on the same schedule.
+
+    It takes a ratio and not a latency, so the ratio is searched for, each candidate measured against the dense model.
+    """
+
+    def __init__(self, watch: Watch, job: Job, shape: tuple[int, int]) -> None:
+        self.watch = watch
+        self.job = job
+        self.shape = shape
+        self.said: dict[str, Any] = {}
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch != 0:
+            return
+        with self.watch("scoring"):
+            gradients = self._gradients(trainer, pl_module) if "taylor" in self.job.method else None
+        with self.watch("events"):
+            model, self.said = self._search(pl_module.model, gradients)
+        pl_module.model = model.train()
+        trainer.strategy.setup_optimizers(trainer)
+
+    def _gradients(self, trainer: Any, pl_module: Any) -> list[torch.Tensor | None]:
+        pl_module.zero_grad()
+        for number, batch in enumerate(trainer.train_dataloader):
+            if number == SCORED_BATCHES:
+                break
+            pl_module.model(**batch).loss.backward()
+        gradients = [None if p.grad is None else p.grad.clone() for p in pl_module.model.parameters()]
+        pl_module.zero_grad()
+        return gradients
+
+    def _search(self, model: Any, gradients: Any) -> tuple[Any, dict[str, Any]]:
+        twin = find_family(model).dense_twin()
+        inputs = cost.example_inputs(model, *self.shape)
+        best: tuple[float, Any, dict[str, Any]] | None = None
+        count = 0
+        # Ranked over all layers it never empties a layer, and at high ratios skips layers instead of cutting them; by
+        # layer it reaches further.
+        for scope in ("global", "by layer"):
+            low, high = 0.0, 1.0
+            for _ in range(7):
+                ratio, count = (low + high) / 2, count + 1
+                candidate = torch_pruned(model, gradients, ratio, scope=scope)
+                used = latency_ratio(twin, candidate, inputs, turns=1) / self.job.target
+                # The nearest of those that fit, else the nearest.
+                if best is None or (used > FITS, abs(used - FITS)) < (best[0] > FITS, abs(best[0] - FITS)):
+                    best = used, candidate, {"ratio": ratio, "scope": scope}
+                if NEAR <= used <= FITS:
+                    break
+                low, high = (ratio, high) if used > FITS else (low, ratio)
+            assert best is not None
+            if best[0] <= FITS:
+                break
+        return best[1], {**best[2], "candidates": count}
+
+
+def torch_pruned(model: Any, gradients: Any, ratio: float, *, scope: str) -> Any:
+    """Returns a copy of a BERT classifier from which Torch-Pruning cut `ratio` of the heads and FFN neurons."""
+    import torch_pruning as tp
+
+    pruned = copy.deepcopy(model).eval()
+    for parameter, gradient in zip(pruned.parameters(), gradients or [], strict=False):
+        parameter.grad = None if gradient is None else gradient.clone()
+    layers: Any = find_family(pruned).layers
+    attentions: list[Any] = [layer.attention.self for layer in layers]
+    heads = {m: a.num_attention_heads for a in attentions for m in (a.query, a.key, a.value)}
+    cut = {*heads, *(layer.intermediate.dense for layer in layers)}
+    kept = [m for m in pruned.modules() if isinstance(m, (nn.Linear, nn.Embedding, nn.LayerNorm)) and m not in cut]
+    taylor = gradients is not None
+    importance = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2)
+    pruner = tp.pruner.BasePruner(
+        pruned,
+        cost.example_inputs(pruned, 2, 8),  # pyright: ignore[reportArgumentType]
+        importance=importance,
+        global_pruning=scope == "global",
+        isomorphic=True,
+        pruning_ratio=ratio,
+        head_pruning_ratio=ratio,
+        ignored_layers=kept,
+        num_heads=heads,
+        prune_num_heads=True,
+        prune_head_dims=False,
+        output_transform=lambda output: output.logits.sum(),
+        root_module_types=[nn.Linear],
+    )
+    pruner.step()
+    for attention in attentions:
+        attention.all_head_size = attention.query.out_features
+        attention.num_attention_heads = attention.all_head_size // attention.attention_head_size
+    pruned.zero_grad()
+    return pruned
+
+
+def truncated(model: Any, target: float, shape: tuple[int, int]) -> tuple[Any, str]:
+    """Returns a small model of a latency: the first layers of the pretrained one, their FFN narrowed by magnitude.
+
+    As few layers as exceed the target, and of their neurons as many as fit; no pruning follows.
+
+    Source of keeping the first layers: Sajjad et al. 2023, "On the effect of dropping layers of pre-trained
+    transformer models".
+    """
+    twin, inputs = find_family(model).dense_twin(), cost.example_inputs(model, *shape)
+    depth = len(find_family(model).layers)
+
+    def build(layers: int, eighths: int) -> Any:
+        small = copy.deepcopy(model)
+        match = find_family(small)
+        del match.layers[layers:]
+        small.config.num_hidden_layers = layers
+        scores, keep = magnitude_scores(match, ("heads", "ffn")), structures.dense(match)
+        for layer, kept in enumerate(keep):
+            best = sorted(kept["ffn"], key=lambda unit, s=scores[layer]["ffn"]: -s[unit])
+            kept["ffn"] = sorted(best[: len(best) * eighths // 8])
+        shrink(match, keep)
+        return small
+
+    fits: tuple[Any, str] | None = None
+    for layers in range(1, depth + 1):
+        for eighths in range(2, 9):
+            small = build(layers, eighths)
+            if latency_ratio(twin, small, inputs, turns=1) > target:
+                break
+            fits = small, f"first {layers} of {depth} layers, {eighths}/8 of the FFN neurons"
+        else:
+            continue
+        break
+    if fits is None:
+        raise SystemExit(f"small@{target}: even one layer with a quarter of its neurons is slower than the target.")
+    return fits
+
+
+def latency_ratio(dense: Any, other: Any, inputs: Any, *, turns: int = 5) -> float:
+    """Returns the latency of a model as a fraction of the dense one's: both in turns, the median over `turns`."""
+    rough = cost.measure_latency({"dense": dense}, inputs, repeats=2)["dense"]
+    ratios = []
+    for _ in range(turns):
+        times = cost.measure_latency({"dense": dense, "other": other}, inputs, repeats=cost.repeats_for(rough))
+        ratios.append(times["other"] / times["dense"])
+    return statistics.median(ratios)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Trains one arm and says what came of it."""
+    warnings.simplefilter("ignore")
+    for name in ("pytorch_lightning", "lightning.pytorch"):  # the one imported last prints for both
+        logging.getLogger(name).setLevel(logging.WARNING)
+    torch.set_num_threads(job.threads)
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        return _run(job, folder)
+
+
+def _run(job: Job, folder: str) -> dict[str, Any]:
+    pl.seed_everything(job.seed, verbose=False)
+    limits: dict[str, Any] = {f"limit_{split}": job.limit for split in ("train", "val", "test")}
+    files = {f"{name}_file": f"{job.data}/{file}.tsv" for name, file in (("train", "train"), ("val", "dev"))}
+    data = TextDataModule(
+        **files,
+        test_file=f"{job.data}/test.tsv",
+        tokenizer=job.model,
+        batch_size=job.batch_size,
+        seed=job.seed,
+        **limits,
+    )
+    data.setup("fit")
+    module: Any = TextClassifier(data=data, name_or_path=job.model, lr=job.lr, schedule="linear")
+    dense = find_family(module).dense_twin()
+    shape = typical_shape(data.train_dataloader())
+    watch, note = Watch(), ""
+    started = time.perf_counter()
+    if job.method == "small":
+        with watch("table"):
+            module.model, note = truncated(module.model, job.target, shape)
+    callbacks = CALLBACKS[job.method](job, watch, shape)
+    trainer: Any = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=job.epochs,
+        callbacks=callbacks,
+        logger=False,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    pl.seed_everything(job.seed, verbose=False)
+    with PeakMemory() as memory:
+        trainer.fit(module, data)
+        peak = memory.read()
+    wall = time.perf_counter() - started
+    dev = trainer.validate(module, data, verbose=False)[0]["val/accuracy"]
+    test = trainer.test(module, data, verbose=False)[0]["test/accuracy"]
+    if said := next((c.said for c in callbacks if isinstance(c, TorchPruning)), None):
+        note = ", ".join(f"{name} {value}" for name, value in said.items())
+    events = sum(decision.knob == "structure" for decision in decision_log(trainer))
+    return {
+        "arm": job.arm,
+        "seed": job.seed,
+        "dev": dev,
+        "test": test,
+        "latency": latency_ratio(dense, module.model, cost.example_inputs(module.model, *shape)),
+        "latency_input": list(shape),
+        "params": cost.count_params(module.model),
+        "zeros": _zeros(module.model),
+        "wall_s": wall,
+        "spent_s": watch.seconds,
+        "events": events or int(bool(said) or job.method == "lightning"),
+        "steps": trainer.global_step,
+        "peak_gib": peak / GIB,
+        "note": note,
+    }
+
+
+def _zeros(model: Any) -> float:
+    """Returns the share of zeros in the projections that can be pruned."""
+    match = find_family(model)
+    paths = projections(match.family)
+    weights: Any = [layer.get_submodule(path).weight for layer in match.layers for path in paths]
+    return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
+
+
+def _ours(job: Job, watch: Watch, shape: tuple[int, int]) -> list[Any]:
+    return [TimedPruning(watch, target={"latency": job.target}, latency_input=shape)]
+
+
+def _lightning(job: Job, watch: Watch, shape: tuple[int, int]) -> list[Any]:
+    """As much to zero as the target cuts, after the first epoch, by global L1 over all projections."""
+    return [
+        ModelPruning(
+            "l1_unstructured",
+            parameter_names=["weight"],
+            amount=1 - job.target,
+            apply_pruning=lambda epoch: epoch == 0,
+            use_lottery_ticket_hypothesis=False,
+        )
+    ]
+
+
+CALLBACKS: dict[str, Callable[[Job, Watch, tuple[int, int]], list[Any]]] = {
+    "dense": lambda job, watch, shape: [],
+    "small": lambda job, watch, shape: [],
+    "ours": _ours,
+    "ours+distillation": lambda job, watch, shape: [*_ours(job, watch, shape), adaptrain.Distillation()],
+    "tp-taylor": lambda job, watch, shape: [TorchPruning(watch, job, shape)],
+    "tp-magnitude": lambda job, watch, shape: [TorchPruning(watch, job, shape)],
+    "lightning": _lightning,
+}
