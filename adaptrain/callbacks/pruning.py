@@ -16,6 +16,7 @@ from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
 from adaptrain.pruning.events import describe_event
 from adaptrain.pruning.families import KINDS, Match, find_family
 from adaptrain.pruning.importance import METHODS, Scores, TaylorScores, magnitude_scores
+from adaptrain.pruning.plain import uniform_kinds
 from adaptrain.pruning.pruner import Pruner
 from adaptrain.pruning.shape import typical_shape
 from adaptrain.pruning.structure import Structure
@@ -47,6 +48,9 @@ class ProgressivePruning(AdaptiveCallback):
         schedule: When events come and how far each goes: an object with `plan()`, such as `CubicSchedule`, or its
             arguments as a mapping. None: `CubicSchedule()`, 6 events from 10% to 60% of training.
         round_to: FFN widths become multiples of this: `"auto"` (by device and width), a number, or a mapping by group.
+        uniform: Keep all layers equally wide, so that the final model is a plain Hugging Face one that loses nothing by
+            export; heads go only where the config can describe fewer (not in BERT's). It costs some quality: each
+            layer gives up the same share.
         latency_input: The (batch, sequence) to measure and count at. None: the loader's batch size and the median of
             the padded lengths of a few batches.
         dry_run: Record what would be cut, by the scores there are, and cut nothing.
@@ -65,6 +69,7 @@ class ProgressivePruning(AdaptiveCallback):
         importance: str = "taylor",
         schedule: Any = None,
         round_to: str | int | Mapping[str, int] = "auto",
+        uniform: bool = False,
         latency_input: Sequence[int] | None = None,
         dry_run: bool = False,
         name: str | None = None,
@@ -77,6 +82,9 @@ class ProgressivePruning(AdaptiveCallback):
         self.importance = importance
         self.schedule = _read_schedule(schedule)
         self.round_to = _read_round_to(round_to)
+        if not isinstance(uniform, bool):
+            raise ConfigurationError(f"uniform must be true or false, got {uniform!r}.")
+        self.uniform = uniform
         self.latency_input = None if latency_input is None else _read_shape(latency_input)
         self._reset()
 
@@ -113,6 +121,10 @@ class ProgressivePruning(AdaptiveCallback):
         for kind in self.groups:
             if not any(layer[kind] for layer in structures.dimensions(match)):
                 raise ConfigurationError(f"groups names {kind!r}, but {type(match.model).__name__} has none to prune.")
+        if self.uniform:
+            kinds = uniform_kinds(match, self.groups)
+            if kinds != self.groups:
+                _log.info("uniform=True: only %s can go, by what the config can describe.", " and ".join(kinds))
         if self.importance == "taylor":
             self._taylor = TaylorScores(match, self.groups)
             self._taylor.check()
@@ -121,7 +133,7 @@ class ProgressivePruning(AdaptiveCallback):
         """Builds the cost table, and refuses a target that cannot be met."""
         if self._match is None:
             return
-        self._pruner = Pruner(self._match, self.groups, self.target, self.round_to)
+        self._pruner = Pruner(self._match, self.groups, self.target, self.round_to, uniform=self.uniform)
         if self._table is None:
             shape = self.latency_input or typical_shape(trainer.train_dataloader)
             _log.info("Finding out what smaller structures cost, at %d samples of %d tokens.", *shape)
