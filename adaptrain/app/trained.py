@@ -41,7 +41,7 @@ def describe(folder: Path, module: Any, data: Any) -> None:
         module: The LightningModule; nothing is written of one that holds no Hugging Face model as `model`.
         data: The data module.
     """
-    config = getattr(getattr(module, "model", None), "config", None)
+    config: Any = getattr(getattr(module, "model", None), "config", None)
     if not hasattr(config, "save_pretrained"):
         return
     config = copy.deepcopy(config)
@@ -119,7 +119,7 @@ def _build(described: Path, checkpoint: dict[str, Any]) -> Any:
 
     from adaptrain.pruning.checkpoint import replay
 
-    config = transformers.AutoConfig.from_pretrained(str(described))
+    config: Any = transformers.AutoConfig.from_pretrained(str(described))
     name = config.architectures[0]
     model_class = getattr(transformers, name, None)
     if model_class is None:
