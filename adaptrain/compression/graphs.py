@@ -18,6 +18,7 @@ from adaptrain.errors import ConfigurationError
 from adaptrain.pruning.families import Match
 
 _SHAPE = (2, 8)  # of the example batch; the graph takes any
+_LOGGERS = ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -123,9 +124,10 @@ def _dynamic(match: Match, inputs: dict[str, Tensor]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps torch's exporters from telling what a user can do nothing about, such as operators of torchvision."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             # Its own use of a class that it has deprecated.
@@ -134,4 +136,5 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*axis name: .* will not be used, since it shares.*")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

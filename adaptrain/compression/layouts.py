@@ -38,13 +38,13 @@ def uniform(match: Match) -> nn.Module:
     Raises:
         ConfigurationError: The config cannot describe the shape; the message says why, and what to do.
     """
-    found = [why] if (why := why_not_plain(match)) else plain.obstacles(match, structures.current(match))
-    if found:
-        use = "layout='structured'" if why else "layout='padded' (plain Hugging Face, filled up with zeros)"
+    if why := why_not_plain(match):
+        raise ConfigurationError(f"layout='uniform' cannot hold this model: {why}. Use layout='structured'.")
+    if found := plain.obstacles(match, structures.current(match)):
         raise ConfigurationError(
-            f"layout='uniform' cannot hold this {type(match.model).__name__}: {'; '.join(found)}. Use {use}"
-            f"{'' if why else ', layout=' + repr('structured') + ' (as small as it is, with the loader of adaptrain)'}"
-            " or format='onnx'. To end with uniform layers, prune with ProgressivePruning(uniform=True)."
+            f"layout='uniform' cannot hold this {type(match.model).__name__}: {'; '.join(found)}. Use layout='padded'"
+            " (plain Hugging Face, filled up with zeros), layout='structured' (as small as it is, with adaptrain's"
+            " loader) or format='onnx'. To end with uniform layers, prune with ProgressivePruning(uniform=True)."
         )
     widths = structures.widths(structures.current(match))[0]
     return _rebuilt(match, heads=widths["heads"], ffn=widths["ffn"])

@@ -63,6 +63,12 @@ def test_a_run_is_exported_and_loads_without_adaptrain(workplace: Path, command:
     assert "load_from_checkpoint(MyModule, path)" in done.stderr
 
 
+def test_help_explains_layouts_and_formats() -> None:
+    done = run_script("--help")
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in ("RUN_DIR_OR_CKPT", "padded", "torch_export"))
+
+
 @pytest.mark.parametrize(
     ("prepare", "why"),
     [
