@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from adaptrain import compression as compression
     from adaptrain.budget import Budget as Budget
     from adaptrain.budget import Progress as Progress
     from adaptrain.callbacks.base import AdaptiveCallback as AdaptiveCallback
@@ -60,12 +61,16 @@ _NAMES = {
     "load_from_checkpoint": "adaptrain.pruning.checkpoint",
 }
 
-__all__ = ["__version__", *_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
+_PACKAGES = ("compression",)
+
+__all__ = ["__version__", *_NAMES, *_PACKAGES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
         return getattr(import_module(_NAMES[name]), name)
+    if name in _PACKAGES:
+        return import_module(f"adaptrain.{name}")
     raise AttributeError(f"module 'adaptrain' has no attribute {name!r}")
 
 

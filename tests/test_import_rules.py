@@ -16,7 +16,8 @@ LEAVES = {"policies", "budget", "decisions", "errors"}
 # room: what of adaptrain it may import, besides itself; None: anything but what is listed in FORBIDDEN
 ALLOWED = {"errors": set(), "decisions": LEAVES, "budget": LEAVES, "policies": LEAVES}
 FORBIDDEN = {
-    room: {"callbacks", "nlp", "app", "report"} for room in ("resources", "execution", "pruning", "_lightning")
+    room: {"callbacks", "nlp", "app", "report"}
+    for room in ("resources", "execution", "pruning", "compression", "_lightning")
 }
 FORBIDDEN["callbacks"] = {"nlp", "app", "report"}
 FORBIDDEN["report"] = {"nlp", "app"}

@@ -124,7 +124,7 @@ def run(cfg: DictConfig, *, overrides: Sequence[str] = (), sweep_job: str | None
 
 
 def _train(cfg: DictConfig, folder: Path, resumed: Any, overrides: Sequence[str]) -> float | None:
-    from adaptrain.app import finish, runs
+    from adaptrain.app import finish, runs, trained
     from adaptrain.app.build import build, build_callbacks, build_trainer
 
     saved_cfg = cfg.copy()
@@ -149,6 +149,8 @@ def _train(cfg: DictConfig, folder: Path, resumed: Any, overrides: Sequence[str]
 
     if runs.is_rank_zero():
         facts = runs.create(folder, saved_cfg, overrides) if resumed is None else runs.read_facts(folder)
+        if resumed is None:
+            trained.describe(folder, model, data)
     else:
         facts = {}
     with runs.log_file(folder):

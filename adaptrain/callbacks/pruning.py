@@ -23,6 +23,7 @@ from adaptrain.pruning.events import describe_event
 from adaptrain.pruning.families import KINDS, Match, find_family
 from adaptrain.pruning.importance import Scorer, Scores
 from adaptrain.pruning.optimizer_state import skip_empty
+from adaptrain.pruning.plain import uniform_kinds
 from adaptrain.pruning.pruner import Pruner
 from adaptrain.pruning.scorers import ScoreBy, check_importance, make_scorer
 from adaptrain.pruning.shape import typical_shape
@@ -60,6 +61,9 @@ class ProgressivePruning(AdaptiveCallback):
         schedule: When events come and how far each goes: an object with `plan()`, such as `CubicSchedule`, or its
             arguments as a mapping. None: `CubicSchedule()`, 6 events from 10% to 60% of training.
         round_to: FFN widths become multiples of this: `"auto"` (by device and width), a number, or a mapping by group.
+        uniform: Keep all layers equally wide, so that the final model is a plain Hugging Face one that loses nothing by
+            export; heads go only where the config can describe fewer (not in BERT's). It costs some quality: each
+            layer gives up the same share.
         latency_input: The (batch, sequence) to measure and count at. None: the loader's batch size and the median of
             the padded lengths of a few batches.
         dry_run: Record what would be cut, by the scores there are, and cut nothing.
@@ -78,6 +82,7 @@ class ProgressivePruning(AdaptiveCallback):
         importance: ScoreBy = "taylor",
         schedule: Any = None,
         round_to: str | int | Mapping[str, int] = "auto",
+        uniform: bool = False,
         latency_input: Sequence[int] | None = None,
         dry_run: bool = False,
         name: str | None = None,
@@ -89,6 +94,9 @@ class ProgressivePruning(AdaptiveCallback):
         self.importance: ScoreBy = importance
         self.schedule = _read_schedule(schedule)
         self.round_to = _read_round_to(round_to)
+        if not isinstance(uniform, bool):
+            raise ConfigurationError(f"uniform must be true or false, got {uniform!r}.")
+        self.uniform = uniform
         self.latency_input = None if latency_input is None else _read_shape(latency_input)
         self._reset()
 
@@ -134,6 +142,10 @@ class ProgressivePruning(AdaptiveCallback):
                 raise ConfigurationError(
                     f"groups names {kind!r}, but {type(match.model).__name__} has none to prune{why}."
                 )
+        if self.uniform:
+            kinds = uniform_kinds(match, self.groups)
+            if kinds != self.groups:
+                _log.info("uniform=True: only %s can go, by what the config can describe.", " and ".join(kinds))
         self._scorer = make_scorer(self.importance, match, self.groups)
         self._scorer.check()
 
@@ -146,7 +158,7 @@ class ProgressivePruning(AdaptiveCallback):
             self.on_exit(self._stop_scoring)
         if callable(self.importance):
             self._scorer.scores()  # what is wrong with them is to show now
-        self._pruner = Pruner(self._match, self.groups, self.target, self.round_to)
+        self._pruner = Pruner(self._match, self.groups, self.target, self.round_to, uniform=self.uniform)
         if self._table is None:
             shape = self.latency_input or typical_shape(trainer.train_dataloader)
             _log.info("Finding out what smaller structures cost, at %d samples of %d tokens.", *shape)

@@ -66,6 +66,26 @@ class FeedForward:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConfigFields:
+    """The fields of a family's Hugging Face config that hold its shape, the same for all layers.
+
+    Args:
+        layers: The number of layers.
+        ffn: The number of feed-forward neurons; None where no field holds it.
+        query_heads: The number of query heads; None where the width of a head follows from it, as in BERT
+            (hidden size / heads), so that a model with fewer heads cannot be described.
+        key_value_heads: The number of key-value heads.
+        head_size: The width of one head.
+    """
+
+    layers: str
+    ffn: str | None = None
+    query_heads: str | None = None
+    key_value_heads: str | None = None
+    head_size: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of architectures that share the places of their prunable parts.
 
@@ -80,6 +100,8 @@ class Family:
         backbone: Returns the module that `layers` starts from.
         dense_twin: Builds a dense model like the one given, any weights, for measuring.
         example_inputs: Builds inputs `(model, batch_size, sequence_length) -> dict`, for measuring.
+        config: Where the Hugging Face config holds the shape, for exports that need nothing but transformers; None
+            where there is no such config.
     """
 
     name: str
@@ -91,6 +113,7 @@ class Family:
     backbone: Callable[[Any], nn.Module] = field(default=lambda model: model.base_model)
     dense_twin: Callable[[Any], nn.Module] = field(default=lambda model: type(model)(copy.deepcopy(model.config)))
     example_inputs: Callable[[Any, int, int], dict[str, Tensor]] = cost.example_inputs
+    config: ConfigFields | None = None
 
 
 def _of_type(*model_types: str) -> Callable[[nn.Module], bool]:
@@ -112,6 +135,7 @@ BERT = Family(
         widths=("all_head_size",),
     ),
     ffn=FeedForward(inputs=("intermediate.dense",), output="output.dense"),
+    config=ConfigFields(layers="num_hidden_layers", ffn="intermediate_size"),
 )
 
 DISTILBERT = Family(
@@ -129,6 +153,7 @@ DISTILBERT = Family(
         widths=("dim",),
     ),
     ffn=FeedForward(inputs=("ffn.lin1",), output="ffn.lin2"),
+    config=ConfigFields(layers="n_layers", ffn="hidden_dim"),
 )
 
 LLAMA = Family(
@@ -144,6 +169,13 @@ LLAMA = Family(
         head_size="head_dim",
     ),
     ffn=FeedForward(inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj"),
+    config=ConfigFields(
+        layers="num_hidden_layers",
+        ffn="intermediate_size",
+        query_heads="num_attention_heads",
+        key_value_heads="num_key_value_heads",
+        head_size="head_dim",
+    ),
 )
 
 GPT2 = Family(

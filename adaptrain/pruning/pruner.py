@@ -14,6 +14,7 @@ from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost_table import CostTable, with_structure
 from adaptrain.pruning.families import Match
 from adaptrain.pruning.importance import Scores
+from adaptrain.pruning.plain import uniform_kinds, uniform_widths
 from adaptrain.pruning.solver import solve
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
@@ -33,16 +34,28 @@ class Pruner:
         kinds: The kinds of units that may go.
         target: The limits as `read_target` returns them.
         round_to: The multiple that widths are kept to: `"auto"`, one number for FFN widths, or one by kind.
+        uniform: Whether all layers stay equally wide, in shapes that a Hugging Face config can describe; kinds for
+            which it cannot are left out.
+
+    Raises:
+        ConfigurationError: `uniform` leaves nothing that may go.
     """
 
     def __init__(
-        self, match: Match, kinds: tuple[str, ...], target: Mapping[str, float], round_to: str | int | Mapping[str, int]
+        self,
+        match: Match,
+        kinds: tuple[str, ...],
+        target: Mapping[str, float],
+        round_to: str | int | Mapping[str, int],
+        *,
+        uniform: bool = False,
     ) -> None:
         self.match = match
-        self.kinds = kinds
+        self.kinds = uniform_kinds(match, kinds) if uniform else kinds
         self.target = dict(target)
         self.table: CostTable | None = None
         self.round_to = _round_to(match, round_to)
+        self.uniform = {kind: uniform_widths(match, kind, self.round_to[kind]) for kind in self.kinds if uniform}
 
     def build_table(self, shape: tuple[int, int]) -> dict[str, Any]:
         """Computes and measures what structures cost at a (batch, sequence), as plain Python for `use_table`."""
@@ -57,13 +70,17 @@ class Pruner:
         """
         self.table = CostTable(state)
         dense, least = self.table.dense, self.table.least
+        if self.uniform:  # a config describes no layer without heads or neurons
+            floor = {kind: widths[0] for kind, widths in self.uniform.items() if widths}
+            least = self.table.total([{**layer, **floor} for layer in self.table.dense_widths])
         for name, value in self.target.items():
             possible = in_given_unit(name, least[cost_name(name)], dense[cost_name(name)])
             if possible > value:
                 gone = " and ".join(_UNIT_NAMES[kind] for kind in self.kinds)
+                gone = f"as many {gone} removed as uniform layers allow" if self.uniform else f"all {gone} removed"
                 needs = f"{possible:.2g} of the dense model's {name}" if name == cost_name(name) else f"{possible:.3g}"
                 raise ConfigurationError(
-                    f"budget.{name}={value:g} cannot be met: with all {gone} removed the model still needs {needs}."
+                    f"budget.{name}={value:g} cannot be met: with {gone} the model still needs {needs}."
                     " Raise the limit, allow more groups, or start from a smaller model."
                 )
 
@@ -83,7 +100,7 @@ class Pruner:
             share: The share of the whole reduction that is due.
         """
         assert self.table is not None
-        return solve(structure, scores, self.table, self.limits(share), self.round_to)
+        return solve(structure, scores, self.table, self.limits(share), self.round_to, self.uniform)
 
     def settle(self, structure: Structure, scores: Scores) -> tuple[Structure, float | None]:
         """Returns the final structure, and its measured latency as a fraction of the dense model's.
@@ -98,14 +115,14 @@ class Pruner:
         assert self.table is not None
         limits = self.limits(1.0)
         if "latency" not in limits:
-            return solve(structure, scores, self.table, limits, self.round_to), None
+            return solve(structure, scores, self.table, limits, self.round_to, self.uniform), None
         twin = Match(self.match.dense_twin(), self.match.family)
         inputs = self._inputs(twin)
         repeats = cost.repeats_for(self.table.dense["latency"])
         tried: list[tuple[float, float, Structure]] = []
         aim, fits, fails = limits["latency"] * _AIM, 0.0, math.inf
         for _ in range(_ROUNDS):
-            candidate = solve(structure, scores, self.table, {**limits, "latency": aim}, self.round_to)
+            candidate = solve(structure, scores, self.table, {**limits, "latency": aim}, self.round_to, self.uniform)
             models = {"dense": twin.model, "candidate": with_structure(twin, candidate)}
             times = cost.measure_latency(models, inputs, repeats=repeats)
             used = max(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from adaptrain.pruning.cost_table import CostTable
@@ -13,11 +14,19 @@ _TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class _Move:
-    """Taking a layer's units of one kind down to a width."""
+class _Place:
+    """Where units can go together: one layer, or all layers where they are to stay equally wide."""
 
-    layer: int
+    layers: tuple[int, ...]
     kind: str
+    allowed: Sequence[int]
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Taking a place down to a width."""
+
+    place: _Place
     width: int
     lost: float
     gain: float
@@ -28,7 +37,12 @@ class _Move:
 
 
 def solve(
-    structure: Structure, scores: Scores, table: CostTable, limits: Mapping[str, float], round_to: Mapping[str, int]
+    structure: Structure,
+    scores: Scores,
+    table: CostTable,
+    limits: Mapping[str, float],
+    round_to: Mapping[str, int],
+    uniform: Mapping[str, Sequence[int]] | None = None,
 ) -> Structure:
     """Cuts a structure until it meets every limit.
 
@@ -43,6 +57,8 @@ def solve(
         table: What each structure costs.
         limits: The absolute limits by cost: `"params"`, `"flops"`, `"memory"`, `"latency"`.
         round_to: The width of each kind becomes a multiple of this, or 0.
+        uniform: Kinds that are narrowed in all layers at once, so that these stay equally wide, and the widths they
+            may have, ascending; None: each layer on its own.
 
     Returns:
         The structure that fits; where none does, the smallest one.
@@ -51,11 +67,15 @@ def solve(
         {kind: sorted(layer[kind], key=lambda unit, s=scores[index][kind]: (-s[unit], unit)) for kind in table.kinds}
         for index, layer in enumerate(structure)
     ]
+    places = _places(structure, table.kinds, round_to, uniform or {})
     now = widths(structure)
-    while moves := list(_moves(now, ranked, scores, table, limits, round_to)):
-        best = min(moves, key=lambda move: (move.price, -move.gain, move.layer, move.kind))
-        now[best.layer][best.kind] = best.width
-    _take_back(now, structure, ranked, scores, table, limits, round_to)
+    for place in places:
+        _set(now, place, min(now[layer][place.kind] for layer in place.layers))
+    most = [{**layer} for layer in now]
+    while moves := list(_moves(now, places, ranked, scores, table, limits)):
+        best = min(moves, key=lambda move: (move.price, -move.gain, move.place.layers, move.place.kind))
+        _set(now, best.place, best.width)
+    _take_back(now, most, places, ranked, scores, table, limits)
     kept = copy_of(structure)
     for index, layer in enumerate(ranked):
         for kind, units in layer.items():
@@ -63,81 +83,97 @@ def solve(
     return kept
 
 
+def _places(
+    structure: Structure, kinds: Sequence[str], round_to: Mapping[str, int], uniform: Mapping[str, Sequence[int]]
+) -> list[_Place]:
+    layers = range(len(structure))
+    single = [
+        _Place((layer,), kind, range(0, len(structure[layer][kind]), round_to[kind]))
+        for layer in layers
+        for kind in kinds
+        if kind not in uniform
+    ]
+    return single + [_Place(tuple(layers), kind, uniform[kind]) for kind in kinds if kind in uniform]
+
+
+def _set(widths: list[dict[str, int]], place: _Place, width: int) -> None:
+    for layer in place.layers:
+        widths[layer][place.kind] = width
+
+
 def _moves(
     now: list[dict[str, int]],
+    places: Sequence[_Place],
     ranked: list[dict[str, list[int]]],
     scores: Scores,
     table: CostTable,
     limits: Mapping[str, float],
-    round_to: Mapping[str, int],
 ) -> Iterator[_Move]:
-    """Yields the ways to narrow one layer that bring a cost nearer to a limit that is not met."""
+    """Yields the ways to narrow one place that bring a cost nearer to a limit that is not met."""
     totals = table.total(now)
     excess = {name: totals[name] - limit for name, limit in limits.items() if totals[name] > limit}
     if not excess:
         return
-    for layer, kinds in enumerate(ranked):
-        for kind, units in kinds.items():
-            width, lost = now[layer][kind], 0.0
-            for narrower in _narrower(width, round_to[kind]):
-                lost += sum(scores[layer][kind][unit] for unit in units[narrower:width])
-                width = narrower
-                gain = sum(
-                    min(1.0, _saving(now, layer, kind, narrower, name, table, totals) / over)
-                    for name, over in excess.items()
-                )
-                if gain > _TINY:
-                    yield _Move(layer, kind, narrower, lost, gain)
+    for place in places:
+        kind, lost = place.kind, 0.0
+        width = now[place.layers[0]][kind]
+        for narrower in _narrower(width, place.allowed):
+            lost += sum(
+                scores[layer][kind][unit] for layer in place.layers for unit in ranked[layer][kind][narrower:width]
+            )
+            width = narrower
+            gain = sum(
+                min(1.0, _saving(now, place, narrower, name, table, totals) / over) for name, over in excess.items()
+            )
+            if gain > _TINY:
+                yield _Move(place, narrower, lost, gain)
 
 
-def _narrower(width: int, step: int) -> Iterator[int]:
-    """Yields one step narrower, then two more, four more, ..., and none at all."""
-    count = 1
-    while width > 0:
-        width = max(0, (width - 1) // step * step - (count - 1) * step)
+def _narrower(width: int, allowed: Sequence[int]) -> Iterator[int]:
+    """Yields one step narrower, then two more, four more, ..., and the least."""
+    index, count = bisect_left(allowed, width), 1
+    while index > 0:
+        index = max(0, index - count)
         count *= 2
-        yield width
+        yield allowed[index]
 
 
 def _saving(
-    now: list[dict[str, int]],
-    layer: int,
-    kind: str,
-    width: int,
-    name: str,
-    table: CostTable,
-    totals: Mapping[str, float],
+    now: list[dict[str, int]], place: _Place, width: int, name: str, table: CostTable, totals: Mapping[str, float]
 ) -> float:
     if name != "memory":
-        return table.piece(name, layer, kind, now[layer][kind]) - table.piece(name, layer, kind, width)
-    narrowed = [{**kinds, kind: width} if index == layer else kinds for index, kinds in enumerate(now)]
+        return sum(
+            table.piece(name, layer, place.kind, now[layer][place.kind]) - table.piece(name, layer, place.kind, width)
+            for layer in place.layers
+        )
+    narrowed = [{**kinds, place.kind: width} if index in place.layers else kinds for index, kinds in enumerate(now)]
     return totals["memory"] - table.total(narrowed)["memory"]
 
 
 def _take_back(
     now: list[dict[str, int]],
-    structure: Structure,
+    most: list[dict[str, int]],
+    places: Sequence[_Place],
     ranked: list[dict[str, list[int]]],
     scores: Scores,
     table: CostTable,
     limits: Mapping[str, float],
-    round_to: Mapping[str, int],
 ) -> None:
-    """Widens again, the most valuable first, where every limit is met all the same."""
-    taken = [
-        (layer, kind, len(structure[layer][kind])) for layer, kinds in enumerate(ranked) for kind in kinds
-        if now[layer][kind] < len(structure[layer][kind])
-    ]  # fmt: skip
+    """Widens again, the most valuable first and up to `most`, where every limit is met all the same."""
 
-    def worth(place: tuple[int, str, int]) -> float:
-        layer, kind, _ = place
-        return -scores[layer][kind][ranked[layer][kind][now[layer][kind]]]
+    def width(place: _Place, of: list[dict[str, int]]) -> int:
+        return of[place.layers[0]][place.kind]
 
-    for layer, kind, most in sorted(taken, key=worth):
-        while now[layer][kind] < most:
-            wider = min(most, (now[layer][kind] // round_to[kind] + 1) * round_to[kind])
-            before, now[layer][kind] = now[layer][kind], wider
+    def worth(place: _Place) -> float:
+        kind, first = place.kind, width(place, now)
+        return -sum(scores[layer][kind][ranked[layer][kind][first]] for layer in place.layers)
+
+    for place in sorted((place for place in places if width(place, now) < width(place, most)), key=worth):
+        while (before := width(place, now)) < width(place, most):
+            above = bisect_right(place.allowed, before)
+            wider = place.allowed[above] if above < len(place.allowed) else width(place, most)
+            _set(now, place, min(wider, width(place, most)))
             totals = table.total(now)
             if any(totals[name] > limit for name, limit in limits.items()):
-                now[layer][kind] = before
+                _set(now, place, before)
                 break

@@ -31,6 +31,7 @@ def test_a_run_leaves_a_complete_folder(command: Command, tiny: list[str], workp
         "versions.json",
         "hardware.json",
         "checkpoints",
+        "model",
         "decisions.jsonl",
         "metrics.csv",
         "train.log",

@@ -87,6 +87,31 @@ def test_it_ends_within_the_budget_and_says_why(tmp_path) -> None:
     assert held == {id(p) for p in module.parameters()}
 
 
+def test_uniform_layers_stay_what_a_config_can_describe(tmp_path, caplog) -> None:
+    with caplog.at_level(logging.INFO):
+        callback = pruning(target={"flops": 0.8}, uniform=True)
+        _, module = run(tmp_path, callback)
+    assert "only ffn can go" in caplog.text
+    first, second = structures.widths(structures.current(find_family(module)))
+    assert first == second
+    assert first["heads"] == 4
+    assert first["ffn"] < 64
+    assert all(entry["met"] for entry in callback.report()["constraints"])
+    with pytest.raises(ConfigurationError, match="uniform=True cannot prune heads"):
+        run(tmp_path, pruning(uniform=True, groups=["heads"]))
+    with pytest.raises(ConfigurationError, match="with as many FFN neurons removed as uniform layers allow"):
+        run(tmp_path, pruning(uniform=True, target={"flops": 0.1}))
+
+
+def test_uniform_heads_of_a_llama_go_by_whole_groups(tmp_path) -> None:
+    module = TextModule(tiny_llama())
+    trainer = quiet_trainer(tmp_path, callbacks=[pruning(target={"flops": 0.5}, uniform=True)], max_epochs=2)
+    trainer.fit(module, text_loader(samples=language_model_samples()))
+    first, second = structures.widths(structures.current(find_family(module)))
+    assert first == second == {"heads": 1, "ffn": first["ffn"]}
+    assert first["ffn"] > 0
+
+
 @pytest.mark.parametrize("namespace", [pl, lightning_pl])
 def test_both_namespaces(tmp_path, namespace) -> None:
     module: Any = TextModule()

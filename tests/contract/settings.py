@@ -71,6 +71,7 @@ SETTINGS = {
                 ({"target": {"latency": 1.7}}, "latency"),
                 ({"target": {"speed": 0.5}}, "speed"),
                 ({"importance": "luck"}, "importance"),
+                ({"uniform": "yes"}, "uniform"),
                 ({"groups": ("heads", "wheels")}, "wheels"),
             ),
             frozenset({"structure"}),

@@ -107,3 +107,30 @@ def test_a_width_that_is_no_multiple_is_rounded_at_the_first_cut(table) -> None:
     start[0]["ffn"] = start[0]["ffn"][:61]
     kept = solve(start, random_scores(6), table, {"params": 0.9 * table.dense["params"]}, ROUND)
     assert all(len(layer["ffn"]) % 8 == 0 or len(layer["ffn"]) == 61 for layer in kept)
+
+
+@pytest.mark.parametrize("fraction", [0.8, 0.55])
+@pytest.mark.parametrize("name", ["params", "latency"])
+def test_uniform_kinds_stay_equally_wide_at_widths_that_are_allowed(table, name, fraction) -> None:
+    scores = random_scores(7)
+    limits = {name: table.least[name] + fraction * (table.dense[name] - table.least[name])}
+    uniform = {"ffn": range(8, 64, 8), "heads": [1, 2]}
+    kept = solve(dense(), scores, table, limits, ROUND, uniform)
+    first, second = structures.widths(kept)
+    assert first == second
+    assert first["heads"] in (1, 2, 4)
+    assert first["ffn"] in range(8, 65, 8)
+    assert first != {"heads": 4, "ffn": 64}
+    assert table.total([first, second])[name] <= limits[name]
+    for layer, values in zip(kept, scores, strict=True):  # which units go is each layer's own matter
+        best = sorted(range(64), key=lambda unit, v=values["ffn"]: -v[unit])[: len(layer["ffn"])]
+        assert layer["ffn"] == sorted(best)
+    ffn_only = solve(dense(), scores, table, {"params": 0.8 * table.dense["params"]}, ROUND, {"ffn": range(8, 64, 8)})
+    assert len({len(layer["ffn"]) for layer in ffn_only}) == 1
+
+
+def test_uniform_layers_that_differ_are_levelled(table) -> None:
+    start = dense()
+    start[1]["ffn"] = start[1]["ffn"][:40]
+    kept = solve(start, random_scores(8), table, dict(table.dense), ROUND, {"ffn": range(8, 64, 8)})
+    assert [layer["ffn"] for layer in structures.widths(kept)] == [40, 40]

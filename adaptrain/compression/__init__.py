@@ -1,0 +1,29 @@
+"""Leaving with a small model: exports that load without adaptrain. Names are imported when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptrain.compression.exporter import Exported as Exported
+    from adaptrain.compression.exporter import export as export
+    from adaptrain.compression.structured import load as load
+
+_NAMES = {
+    "Exported": "adaptrain.compression.exporter",
+    "export": "adaptrain.compression.exporter",
+    "load": "adaptrain.compression.structured",
+}
+
+__all__ = list(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'adaptrain.compression' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
