@@ -50,7 +50,7 @@ class ProgressivePruning(AdaptiveCallback):
             `memory`), or `latency_ms` (milliseconds), `params_m` (millions). Several hold at once; None entries are
             no limit, and with none at all nothing is pruned.
         groups: What may go: `"heads"` (attention heads; key-value heads with their query heads where grouped) and
-            `"ffn"` (feed-forward neurons).
+            `"ffn"` (feed-forward neurons); with them also `"layers"`: whole layers, where that loses less.
         importance: How units are scored: `"taylor"` (from gradients of training) or `"magnitude"` (of weights).
         schedule: When events come and how far each goes: an object with `plan()`, such as `CubicSchedule`, or its
             arguments as a mapping. None: `CubicSchedule()`, 6 events from 10% to 60% of training.
@@ -86,6 +86,7 @@ class ProgressivePruning(AdaptiveCallback):
         self.schedule = _read_schedule(schedule)
         self.round_to = _read_round_to(round_to)
         self.latency_input = None if latency_input is None else _read_shape(latency_input)
+        self._kinds = tuple(kind for kind in self.groups if kind in KINDS)  # of units, which are scored
         self._reset()
 
     def _reset(self) -> None:
@@ -124,13 +125,15 @@ class ProgressivePruning(AdaptiveCallback):
         _lightning.refuse_unsupported(trainer, pl_module, callback=type(self).__name__)
         match = self._match = find_family(pl_module)
         for kind in self.groups:
-            if not any(layer[kind] for layer in structures.dimensions(match)):
+            if kind == "layers" and kind not in match.family.kept:
+                continue
+            if kind == "layers" or not any(layer[kind] for layer in structures.dimensions(match)):
                 why = f": {match.family.kept[kind]}" if kind in match.family.kept else ""
                 raise ConfigurationError(
                     f"groups names {kind!r}, but {type(match.model).__name__} has none to prune{why}."
                 )
         if self.importance == "taylor":
-            self._taylor = TaylorScores(match, self.groups)
+            self._taylor = TaylorScores(match, self._kinds)
             self._taylor.check()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -270,7 +273,7 @@ class ProgressivePruning(AdaptiveCallback):
     def _scores(self, pl_module: Any) -> Scores:
         """Returns the scores, the same on every rank."""
         assert self._match is not None
-        scores = self._taylor.scores() if self._taylor is not None else magnitude_scores(self._match, self.groups)
+        scores = self._taylor.scores() if self._taylor is not None else magnitude_scores(self._match, self._kinds)
         flat = [value for layer in scores for values in layer.values() for value in values]
         shared = iter(_lightning.all_reduce(flat, device=pl_module.device))
         return [{kind: [next(shared) for _ in values] for kind, values in layer.items()} for layer in scores]
@@ -282,10 +285,16 @@ def _anywhere(flag: bool, pl_module: Any) -> bool:
 
 
 def _read_groups(groups: Sequence[str]) -> tuple[str, ...]:
+    known = (*KINDS, "layers")
     named = (groups,) if isinstance(groups, str) else tuple(groups)
-    if not named or any(kind not in KINDS for kind in named):
-        raise ConfigurationError(f"groups must name some of {', '.join(KINDS)}, got {list(named)}.")
-    return tuple(kind for kind in KINDS if kind in named)
+    if not named or any(kind not in known for kind in named):
+        raise ConfigurationError(f"groups must name some of {', '.join(known)}, got {list(named)}.")
+    if "layers" in named and not set(KINDS) <= set(named):
+        raise ConfigurationError(
+            f"groups names layers, which go with all of their heads and neurons, without {' and '.join(KINDS)}: got"
+            f" {list(named)}. Name all three."
+        )
+    return tuple(kind for kind in known if kind in named)
 
 
 def _read_schedule(schedule: Any) -> Any:
