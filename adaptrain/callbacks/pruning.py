@@ -52,7 +52,7 @@ class ProgressivePruning(AdaptiveCallback):
             `memory`), or `latency_ms` (milliseconds), `params_m` (millions). Several hold at once; None entries are
             no limit, and with none at all nothing is pruned.
         groups: What may go: `"heads"` (attention heads; key-value heads with their query heads where grouped) and
-            `"ffn"` (feed-forward neurons).
+            `"ffn"` (feed-forward neurons); with them also `"layers"`: whole layers, where that loses less.
         importance: How units are scored: `"taylor"` (from gradients of training), `"magnitude"` (of weights),
             `"activation"` (mean size of a unit's output on tokens that are not padding), `"movement"` (whether training
             moves weights away from zero), `"random"`, or your own `(match, groups) -> scores`: for each layer a mapping
@@ -96,8 +96,11 @@ class ProgressivePruning(AdaptiveCallback):
         self.round_to = _read_round_to(round_to)
         if not isinstance(uniform, bool):
             raise ConfigurationError(f"uniform must be true or false, got {uniform!r}.")
+        if uniform and "layers" in self.groups:
+            raise ConfigurationError("uniform=True does not go with 'layers' in groups. Leave one of the two out.")
         self.uniform = uniform
         self.latency_input = None if latency_input is None else _read_shape(latency_input)
+        self._kinds = tuple(kind for kind in self.groups if kind in KINDS)  # of units, which are scored
         self._reset()
 
     def _reset(self) -> None:
@@ -137,16 +140,18 @@ class ProgressivePruning(AdaptiveCallback):
         _lightning.refuse_unsupported(trainer, pl_module, callback=type(self).__name__)
         match = self._match = find_family(pl_module)
         for kind in self.groups:
-            if not any(layer[kind] for layer in structures.dimensions(match)):
+            if kind == "layers" and kind not in match.family.kept:
+                continue
+            if kind == "layers" or not any(layer[kind] for layer in structures.dimensions(match)):
                 why = f": {match.family.kept[kind]}" if kind in match.family.kept else ""
                 raise ConfigurationError(
                     f"groups names {kind!r}, but {type(match.model).__name__} has none to prune{why}."
                 )
         if self.uniform:
-            kinds = uniform_kinds(match, self.groups)
-            if kinds != self.groups:
+            kinds = uniform_kinds(match, self._kinds)
+            if kinds != self._kinds:
                 _log.info("uniform=True: only %s can go, by what the config can describe.", " and ".join(kinds))
-        self._scorer = make_scorer(self.importance, match, self.groups)
+        self._scorer = make_scorer(self.importance, match, self._kinds)
         self._scorer.check()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -306,10 +311,16 @@ def _anywhere(flag: bool, pl_module: Any) -> bool:
 
 
 def _read_groups(groups: Sequence[str]) -> tuple[str, ...]:
+    known = (*KINDS, "layers")
     named = (groups,) if isinstance(groups, str) else tuple(groups)
-    if not named or any(kind not in KINDS for kind in named):
-        raise ConfigurationError(f"groups must name some of {', '.join(KINDS)}, got {list(named)}.")
-    return tuple(kind for kind in KINDS if kind in named)
+    if not named or any(kind not in known for kind in named):
+        raise ConfigurationError(f"groups must name some of {', '.join(known)}, got {list(named)}.")
+    if "layers" in named and not set(KINDS) <= set(named):
+        raise ConfigurationError(
+            f"groups names layers, which go with all of their heads and neurons, without {' and '.join(KINDS)}: got"
+            f" {list(named)}. Name all three."
+        )
+    return tuple(kind for kind in known if kind in named)
 
 
 def _read_schedule(schedule: Any) -> Any:

@@ -37,10 +37,13 @@ class CostTable:
         self.dense_widths: list[dict[str, int]] = state["widths"]
         self.costs: tuple[str, ...] = tuple(name for name in COSTS if name in state["fixed"])
         self.dense = self.total(self.dense_widths)
-        self.least = self.total([{**layer, **dict.fromkeys(self.kinds, 0)} for layer in self.dense_widths])
+        gone = dict.fromkeys(self.kinds, 0) | ({"layers": 0} if "rest" in state else {})
+        self.least = self.total([{**layer, **gone} for layer in self.dense_widths])
 
     @classmethod
-    def build(cls, match: Match, kinds: tuple[str, ...], shape: tuple[int, int], *, latency: bool) -> CostTable:
+    def build(
+        cls, match: Match, kinds: tuple[str, ...], shape: tuple[int, int], *, latency: bool, layers: bool = False
+    ) -> CostTable:
         """Computes the table of a model, and measures where latency is asked for.
 
         Args:
@@ -48,6 +51,7 @@ class CostTable:
             kinds: The kinds of units that may go.
             shape: The (batch, sequence) of the forward pass.
             latency: Whether to measure.
+            layers: Whether layers may go as a whole.
 
         Returns:
             The table.
@@ -86,10 +90,14 @@ class CostTable:
         state["floor"] = cost.peak_activation_bytes(least.model, inputs)
         if latency:
             state["latency"], fixed["latency"] = _measure(twin, least, dense, kinds, inputs)
+        if layers:
+            state["rest"] = _rest(twin, dense, inputs, latency=latency)
         return cls(state)
 
     def piece(self, name: str, layer: int, kind: str, width: int) -> float:
         """Returns what one layer's units of one kind add to a cost, at a width."""
+        if kind == "layers":  # what a layer costs besides its units is in the fixed part, unless the layer is gone
+            return 0.0 if width else -self.state["rest"][layer].get(name, 0.0)
         if name != "latency":
             costs = self.state["units"][layer].get(kind)  # none where the family has no units of this kind
             return costs[name] * width if costs else 0.0
@@ -145,6 +153,25 @@ def _unit_costs(match: Match, layer: int, shape: tuple[int, int]) -> dict[str, d
         if kind == "heads":
             flops += 4.0 * tokens * sequence * sizes["queries"] * sizes["head_size"]  # scores, weighted sum of values
         found[kind] = {"params": params, "flops": flops, "memory": params * item}
+    return found
+
+
+def _rest(twin: Match, dense: Structure, inputs: Mapping[str, Any], *, latency: bool) -> list[dict[str, float]]:
+    """Returns what each layer costs besides its units: norms and biases, and the time of a layer that does nothing."""
+    item = next(twin.model.parameters()).element_size()
+    empty: Structure = [{kind: [] for kind in layer} for layer in dense]
+    gone = _variant(twin, [{**layer, "layers": []} for layer in empty])
+    least = _variant(twin, empty)
+    found: list[dict[str, float]] = []
+    for layer in least.layers:
+        params = float(sum(parameter.numel() for parameter in layer.parameters()))
+        found.append({"params": params, "memory": params * item})
+    if latency:
+        models = {"least": least.model, "gone": gone.model}
+        rough = cost.measure_latency(models, inputs, repeats=3)["least"]
+        times = cost.measure_latency(models, inputs, repeats=cost.repeats_for(rough))
+        each = max(0.0, times["least"] - times["gone"]) / len(dense)
+        found = [{**layer, "latency": each} for layer in found]
     return found
 
 

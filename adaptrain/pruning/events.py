@@ -48,6 +48,9 @@ def describe_event(
         fractions["latency"] = measured
     grouped = any(size["queries"] > 1 for size in structures.dimensions(pruner.match))
     names = {"heads": "KV groups" if grouped else "heads", "ffn": "FFN neurons"}
+    if pruner.layers:
+        removed["layers"] = sum(map(structures.is_dropped, new)) - sum(map(structures.is_dropped, old))
+        names["layers"] = "whole layers"
     parts = " and ".join(f"{count} {names[kind]}" for kind, count in removed.items())
     which = f"event {event}" if event == first else f"events {first} to {event}"
     limits = pruner.limits(plan[event - 1].share)

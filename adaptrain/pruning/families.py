@@ -216,7 +216,12 @@ _T5_HEADS = (
     "all layers of a T5 stack add the position bias that its first layer makes, one for each head, so that none can"
     " have fewer heads than another"
 )
-_T5: dict[str, Any] = {"layers": ("encoder.block", "decoder.block"), "attention": None, "kept": {"heads": _T5_HEADS}}
+_T5_LAYERS = "the first layer of a T5 stack makes the position bias of all others, and layers hand it on"
+_T5: dict[str, Any] = {
+    "layers": ("encoder.block", "decoder.block"),
+    "attention": None,
+    "kept": {"heads": _T5_HEADS, "layers": _T5_LAYERS},
+}
 
 
 def _t5(*, gated: bool) -> Callable[[nn.Module], bool]:
@@ -289,8 +294,16 @@ class Match:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The model's layers; where there are several stacks, one after another."""
-        return [layer for stack in self.stacks for layer in stack]
+        """The model's layers, also those that are dropped; where there are several stacks, one after another."""
+        return [getattr(layer, "replaced", layer) for stack in self.stacks for layer in stack]
+
+    def put_layer(self, index: int, layer: nn.Module) -> None:
+        """Puts a module into the place of a layer."""
+        for stack in self.stacks:
+            if index < len(stack):
+                stack[index] = layer
+                return
+            index -= len(stack)
 
     def keep_layers(self, layers: Iterable[int]) -> None:
         """Takes all other layers out of the model."""

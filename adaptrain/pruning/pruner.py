@@ -14,6 +14,7 @@ from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost_table import CostTable, with_structure
 from adaptrain.pruning.families import Match
 from adaptrain.pruning.importance import Scores
+from adaptrain.pruning.layers import solve_with_layers
 from adaptrain.pruning.plain import uniform_kinds, uniform_widths
 from adaptrain.pruning.solver import solve
 from adaptrain.pruning.structure import Structure
@@ -31,7 +32,7 @@ class Pruner:
 
     Args:
         match: The model.
-        kinds: The kinds of units that may go.
+        kinds: The kinds of units that may go, `"heads"` and `"ffn"`, and `"layers"` where whole layers may.
         target: The limits as `read_target` returns them.
         round_to: The multiple that widths are kept to: `"auto"`, one number for FFN widths, or one by kind.
         uniform: Whether all layers stay equally wide, in shapes that a Hugging Face config can describe; kinds for
@@ -51,7 +52,9 @@ class Pruner:
         uniform: bool = False,
     ) -> None:
         self.match = match
-        self.kinds = uniform_kinds(match, kinds) if uniform else kinds
+        kinds = uniform_kinds(match, kinds) if uniform else kinds
+        self.kinds = tuple(kind for kind in kinds if kind != "layers")
+        self.layers = "layers" in kinds
         self.target = dict(target)
         self.table: CostTable | None = None
         self.round_to = _round_to(match, round_to)
@@ -60,7 +63,7 @@ class Pruner:
     def build_table(self, shape: tuple[int, int]) -> dict[str, Any]:
         """Computes and measures what structures cost at a (batch, sequence), as plain Python for `use_table`."""
         latency = any(cost_name(name) == "latency" for name in self.target)
-        return CostTable.build(self.match, self.kinds, shape, latency=latency).state
+        return CostTable.build(self.match, self.kinds, shape, latency=latency, layers=self.layers).state
 
     def use_table(self, state: Mapping[str, Any]) -> None:
         """Takes a cost table.
@@ -100,7 +103,7 @@ class Pruner:
             share: The share of the whole reduction that is due.
         """
         assert self.table is not None
-        return solve(structure, scores, self.table, self.limits(share), self.round_to, self.uniform)
+        return self._solve(structure, scores, self.limits(share))
 
     def settle(self, structure: Structure, scores: Scores) -> tuple[Structure, float | None]:
         """Returns the final structure, and its measured latency as a fraction of the dense model's.
@@ -115,14 +118,14 @@ class Pruner:
         assert self.table is not None
         limits = self.limits(1.0)
         if "latency" not in limits:
-            return solve(structure, scores, self.table, limits, self.round_to, self.uniform), None
+            return self._solve(structure, scores, limits), None
         twin = Match(self.match.dense_twin(), self.match.family)
         inputs = self._inputs(twin)
         repeats = cost.repeats_for(self.table.dense["latency"])
         tried: list[tuple[float, float, Structure]] = []
         aim, fits, fails = limits["latency"] * _AIM, 0.0, math.inf
         for _ in range(_ROUNDS):
-            candidate = solve(structure, scores, self.table, {**limits, "latency": aim}, self.round_to, self.uniform)
+            candidate = self._solve(structure, scores, {**limits, "latency": aim})
             models = {"dense": twin.model, "candidate": with_structure(twin, candidate)}
             times = cost.measure_latency(models, inputs, repeats=repeats)
             used = max(
@@ -143,6 +146,15 @@ class Pruner:
             max(fitting, key=lambda entry: entry[0]) if fitting else min(tried, key=lambda entry: entry[0])
         )
         return chosen, measured
+
+    def _solve(self, structure: Structure, scores: Scores, limits: Mapping[str, float]) -> Structure:
+        table = self.table
+        assert table is not None
+
+        def cut(start: Structure) -> Structure:
+            return solve(start, scores, table, limits, self.round_to, self.uniform)
+
+        return solve_with_layers(structure, scores, table, limits, cut) if self.layers else cut(structure)
 
     def report(self) -> dict[str, Any]:
         """Measures the model against a dense one.

@@ -6,7 +6,7 @@ module like any other, and the module that it replaced, to be put back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,9 +45,7 @@ class EmptyAttention(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         """Returns the attention output of no heads, and no attention weights."""
         if past_key_values is not None:
-            # The cache counts positions by what its layers were given: one dummy head, one wide.
-            seen = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(seen, seen, self.replaced.layer_idx)
+            _pass_by(past_key_values, hidden_states, self.replaced.layer_idx)  # type: ignore[arg-type]
         # Every parameter, and the norm before them, takes part, if only with a gradient that is empty or zero:
         # distributed training waits for each of them.
         out = hidden_states[..., :0]
@@ -146,6 +144,56 @@ class SlicedMultiheadAttention(nn.Module):
             attended = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)
         out = self.out_proj(attended.transpose(1, 2).flatten(2))
         return (out if self.batch_first else out.transpose(0, 1)), weights
+
+
+class DroppedLayer(nn.Module):
+    """A layer that is gone: what it is given is passed on.
+
+    Its parameters are empty. What a model asks of its layers besides, such as their type of attention, the replaced
+    one answers.
+
+    Args:
+        replaced: The layer that it stands in for.
+        shapes: The shapes that its parameters outside of heads and neurons had, by name, to be put back.
+        layer_idx: Its place in a cache of keys and values; None where it has none.
+    """
+
+    def __init__(self, replaced: nn.Module, shapes: Mapping[str, torch.Size], layer_idx: int | None) -> None:
+        super().__init__()
+        for name, parameter in replaced.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, child in replaced.named_children():
+            self.add_module(name, child)
+        self.shapes, self.layer_idx = dict(shapes), layer_idx
+        self._replaced = (replaced,)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_replaced" not in self.__dict__:
+                raise
+            return getattr(self._replaced[0], name)
+
+    @property
+    def replaced(self) -> nn.Module:
+        """The layer that it stands in for."""
+        return self._replaced[0]
+
+    def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Tensor:
+        """Returns what it is given."""
+        cache = past_key_values
+        if cache is None:
+            cache = next((value for value in args if hasattr(value, "get_seq_length")), None)
+        if cache is not None:
+            _pass_by(cache, hidden_states, self.layer_idx)
+        return hidden_states + nothing_of(self.parameters()) if torch.is_grad_enabled() else hidden_states
+
+
+def _pass_by(cache: Any, hidden_states: Tensor, layer_idx: int | None) -> None:
+    """Lets a cache, which counts positions by what its layers were given, count on: one dummy head, one wide."""
+    seen = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+    cache.update(seen, seen, layer_idx)
 
 
 def nothing_of(parameters: Iterable[nn.Parameter]) -> Tensor | float:

@@ -12,7 +12,10 @@ from adaptrain.pruning.families import Match
 from adaptrain.pruning.projections import projection, submodule
 
 Structure = list[dict[str, list[int]]]
-"""For each layer the kept units by kind (`"heads"`, `"ffn"`), as indices into the dense model, ascending."""
+"""For each layer the kept units by kind (`"heads"`, `"ffn"`), as indices into the dense model, ascending.
+
+A layer that is gone as a whole has no units, and an empty `"layers"`; others do not have that key.
+"""
 
 _ATTRIBUTE = "_adaptrain_structure"  # on the model: its record, so that whoever holds the model knows what was cut
 
@@ -39,6 +42,18 @@ def current(match: Match) -> Structure:
 def dense(match: Match) -> Structure:
     """Returns the structure of the model before anything was cut."""
     return [{kind: list(range(layer[kind])) for kind in ("heads", "ffn")} for layer in dimensions(match)]
+
+
+def without_layer(structure: Structure, layer: int) -> Structure:
+    """Returns the structure with one layer gone as a whole."""
+    kept = copy_of(structure)
+    kept[layer] = {kind: [] for kind in (*kept[layer], "layers")}
+    return kept
+
+
+def is_dropped(layer: Mapping[str, list[int]]) -> bool:
+    """Whether a layer of a structure is gone as a whole."""
+    return "layers" in layer
 
 
 def is_pruned(module: nn.Module) -> bool:

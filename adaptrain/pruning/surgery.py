@@ -11,7 +11,12 @@ from adaptrain.pruning import optimizer_state
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import KINDS, Attention, Match
 from adaptrain.pruning.projections import Projection, Slice, projection, submodule
-from adaptrain.pruning.standins import EmptyAttention, SlicedMultiheadAttention, stand_in_for_projections
+from adaptrain.pruning.standins import (
+    DroppedLayer,
+    EmptyAttention,
+    SlicedMultiheadAttention,
+    stand_in_for_projections,
+)
 from adaptrain.pruning.structure import Structure
 
 _STAND_INS = (EmptyAttention, SlicedMultiheadAttention)
@@ -58,6 +63,9 @@ def shrink(match: Match, keep: Structure, optimizers: Sequence[torch.optim.Optim
     """
     check_optimizers(match, optimizers)
     have = structures.current(match)
+    for layer, kept in enumerate(keep):
+        if structures.is_dropped(kept):
+            optimizer_state.check(optimizers, _besides(match, layer).values())
     structures.remember(match, have)  # the dense dimensions, while they can still be read off
     for layer, (old, new) in enumerate(zip(have, keep, strict=True)):
         for kind in KINDS:
@@ -69,6 +77,8 @@ def shrink(match: Match, keep: Structure, optimizers: Sequence[torch.optim.Optim
                 index = part.index(positions)
                 for parameter in part.parameters():
                     _select(parameter, part.dim_of(parameter), index, optimizers)
+        if structures.is_dropped(new) and not structures.is_dropped(old):
+            _drop(match, layer, optimizers)
     _finish(match, keep)
 
 
@@ -77,6 +87,8 @@ def resize(match: Match, structure: Structure) -> None:
     have = structures.current(match)
     structures.remember(match, have)  # the dense dimensions, while they can still be read off
     for layer, (old, new) in enumerate(zip(have, structure, strict=True)):
+        if structures.is_dropped(old) and not structures.is_dropped(new):
+            _restore(match, layer)
         for kind in KINDS:
             if new[kind] != old[kind]:
                 for part in slices(match, layer, kind):
@@ -84,6 +96,8 @@ def resize(match: Match, structure: Structure) -> None:
                         shape = list(parameter.shape)
                         shape[part.dim_of(parameter)] = len(new[kind]) * part.size * part.fused
                         _replace(parameter, parameter.data.new_zeros(shape))
+        if structures.is_dropped(new) and not structures.is_dropped(old):
+            _drop(match, layer, ())
     _finish(match, structure)
 
 
@@ -110,6 +124,36 @@ def _select(parameter: nn.Parameter, dim: int, index: Tensor, optimizers: Sequen
     _replace(parameter, parameter.data.index_select(dim, index))
     if gradient is not None:
         parameter.grad = gradient.index_select(dim, index)
+
+
+def _besides(match: Match, layer: int) -> dict[str, nn.Parameter]:
+    """Returns the parameters of a layer that hold no units, by name: norms, and biases of outputs."""
+    held = {id(p) for kind in KINDS for part in slices(match, layer, kind) for p in part.parameters()}
+    return {name: p for name, p in match.layers[layer].named_parameters() if id(p) not in held}
+
+
+def _drop(match: Match, index: int, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Empties what is left of a layer without units, and lets another module stand in for it."""
+    layer, rest = match.layers[index], _besides(match, index)
+    shapes = {name: parameter.shape for name, parameter in rest.items()}
+    for parameter in rest.values():
+        _select(parameter, 0, torch.empty(0, dtype=torch.long, device=parameter.device), optimizers)
+    attention = match.family.attention
+    place = None
+    if attention is not None:
+        module = submodule(layer, attention.module)
+        place = getattr(module.replaced if isinstance(module, _STAND_INS) else module, "layer_idx", None)
+    match.put_layer(index, DroppedLayer(layer, shapes, place).train(layer.training))
+
+
+def _restore(match: Match, index: int) -> None:
+    """Puts a layer back that was dropped; its values are lost."""
+    dropped = [layer for stack in match.stacks for layer in stack][index]
+    assert isinstance(dropped, DroppedLayer)
+    for name, shape in dropped.shapes.items():
+        parameter = dropped.replaced.get_parameter(name)
+        _replace(parameter, parameter.data.new_zeros(shape))
+    match.put_layer(index, dropped.replaced.train(dropped.training))
 
 
 def _replace(parameter: nn.Parameter, data: Tensor) -> None:

@@ -26,6 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "both": {"target": {"flops": 0.5}, "latency_input": [8, 16]},
     # 7 of 8 heads: a layer is left with none, and its parameters are empty.
     "heads": {"target": {"params": 0.67}, "groups": ["heads"], "importance": "magnitude"},
+    "layers": {"target": {"flops": 0.1}, "groups": ["heads", "ffn", "layers"], "latency_input": [8, 16]},
     "latency": {"target": {"latency": 0.95}, "latency_input": [4, 8]},
 }
 
@@ -78,6 +79,7 @@ def test_ranks_end_bit_identical(ranks, name) -> None:
 def test_every_rank_went_through_both_events(ranks) -> None:
     assert ranks[1]["both"]["events"] == 2
     assert [] in [layer["heads"] for layer in ranks[0]["heads"]["structure"]]
+    assert any(map(structures.is_dropped, ranks[0]["layers"]["structure"]))
 
 
 def test_two_ranks_equal_one_process_on_the_same_batches(ranks, tmp_path) -> None:
