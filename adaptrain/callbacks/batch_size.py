@@ -14,6 +14,7 @@ from adaptrain.callbacks.global_batch_size import GlobalBatchSize
 from adaptrain.decisions import Decision
 from adaptrain.execution.engine import MicroBatching
 from adaptrain.execution.evaluation import EvaluationBatching
+from adaptrain.execution.forecast import MemoryForecast
 from adaptrain.execution.memory import StepMemory
 from adaptrain.execution.optimizer import guard_step
 from adaptrain.execution.plan import Split
@@ -44,8 +45,9 @@ class BatchSizeController(AdaptiveCallback):
     weighted means), logged values are weighted as in training, and a metric in the module counts each sample once.
     There each rank acts alone: a step that communicates itself must not be replayed on one of them (`self.log` with
     `sync_dist=True` may be used: it waits for the end of the step). An error in the transfer to the device is tried
-    once more with memory freed; the batch itself must fit there. Nothing is predicted in evaluation: a process that
-    a container kills at its limit gets no error to recover from.
+    once more with memory freed; the batch itself must fit there. On the host, where a container ends the process
+    without an error, a batch also runs in pieces where a training step of its size is predicted not to fit; before any
+    training nothing is predicted.
 
     What is equal to the run without it, up to rounding: the gradients of losses that are means over samples or tokens,
     `outputs["loss"]`, values logged with `self.log` (a mean is weighted like the loss; `reduce_fx="sum"` values are
@@ -280,6 +282,7 @@ class BatchSizeController(AdaptiveCallback):
             weight_by=self.weight_by,
             split=self.split,
             report=memory.report,
+            forecast=MemoryForecast(memory, self._fit) if memory.can_kill else None,
         )
         self._evaluation.begin()
         self.on_exit(self._let_go)

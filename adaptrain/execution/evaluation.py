@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from adaptrain.errors import ConfigurationError
+from adaptrain.execution.forecast import MemoryForecast
 from adaptrain.execution.oom import DoesNotFitError, attempt, does_not_fit, release_memory
 from adaptrain.execution.plan import Plan, Split, make_plan
 from adaptrain.execution.split import Piece, batch_size, copy_containers, elements_per_sample, layout
@@ -45,6 +46,9 @@ class EvaluationBatching:
             Predictions are weighed by samples: they need no labels.
         split: The user's own split, or None.
         report: Returns a description of memory, for the error when a single sample does not fit.
+        forecast: What training steps were seen to take, where a process is killed rather than told that memory ran
+            out: a batch for which even a training step would fit runs whole, others in pieces for which it would. None:
+            batches run whole until memory runs out.
     """
 
     def __init__(
@@ -55,8 +59,11 @@ class EvaluationBatching:
         weight_by: WeightBy = "auto",
         split: Split | None = None,
         report: Callable[[], str] = lambda: "",
+        forecast: MemoryForecast | None = None,
     ) -> None:
         self.proposals: list[tuple[str, Proposal]] = []
+        self._forecast = forecast
+        self._smallest: dict[str, int] = {}  # by stage: the smallest pieces that were foreseen
         self._policy = policy
         self._weight_by: WeightBy = weight_by
         self._split = split
@@ -116,16 +123,33 @@ class EvaluationBatching:
                 )
             pieces = [(micro_batch, weight * share) for _, micro_batch, share in plan.every()]
             to_do.extend(reversed(pieces))
-        if not ran_out and (proposal := self._policy.succeeded(stage, self._elements(step.batch))):
+        if (
+            not ran_out
+            and self._policy.limits(stage)
+            and (proposal := self._policy.succeeded(stage, self._elements(step.batch)))
+        ):
             self.proposals.append((stage, proposal))
         return _join(done)
 
     def _size(self, stage: str, batch: Any) -> int | None:
         """Samples at once for a batch, or None where it runs whole."""
-        if not self._policy.limits(stage):
-            return None
-        size = self._policy.size(stage, self._elements(batch))
-        return None if self._samples(batch) <= size else size
+        samples = self._samples(batch)
+        size = self._foreseen(stage, batch, samples)
+        if self._policy.limits(stage):
+            size = min(size, self._policy.size(stage, self._elements(batch)))
+        return None if samples <= size else size
+
+    def _foreseen(self, stage: str, batch: Any, samples: int) -> int:
+        shape = None if self._split is not None or self._forecast is None else layout(batch, by_length=False)
+        if shape is None or self._forecast is None:
+            return samples
+        self._forecast.look()
+        most = self._forecast.most(samples, shape.length)
+        if most < min(samples, self._smallest.get(stage, samples)):
+            self._smallest[stage] = most
+            reason = f"{samples} samples of {shape.length} columns may not fit, as training has shown: {most} at once."
+            self.proposals.append((stage, Proposal(samples, most, reason)))
+        return most
 
     def _samples(self, batch: Any) -> int:
         if self._split is not None:

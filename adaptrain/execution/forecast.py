@@ -9,9 +9,8 @@ from typing import Any
 from adaptrain.execution.memory import StepMemory
 from adaptrain.policies.peak_memory import PeakMemoryFit
 
-_LOOK_SHARE = (
-    0.001  # of the time goes into looks at what others leave, at most; one takes half a millisecond on the host
-)
+_LOOK_SHARE = 0.005  # of the time goes into looks at what others leave, at most; one takes 0.5 ms on the host
+_LONGEST_LOOK_AGE_S = 0.25  # where a busy machine makes looks slow, what they saw must not get old
 _MEASURE_EVERY = 100  # steps between two measurements, where neither the size nor the shape is new
 
 
@@ -58,7 +57,7 @@ class MemoryForecast:
         began = time.perf_counter()
         self.used_bytes, self.limit_bytes = float(self._memory.used_bytes()), self._memory.limit_bytes()
         now = time.perf_counter()
-        self._next_look_s = now + (now - began) / _LOOK_SHARE
+        self._next_look_s = now + min(_LONGEST_LOOK_AGE_S, (now - began) / _LOOK_SHARE)
 
     def peak(self, samples: int, length: int) -> float | None:
         """Returns the peak in bytes that a step of this shape would reach now; None before anything was measured."""

@@ -50,12 +50,26 @@ class Run:
     room_mib: int
     micro_batch_size: Any
     taken_mib: int = 0
+    validated: int = 0
+
+
+class Validated(LongSequences):
+    """Logs the loss of validation; `validation_ran` keeps the samples at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.validation_ran: list[int] = []
+
+    def validation_step(self, batch, batch_idx):
+        self.validation_ran.append(len(batch["input_ids"]))
+        self.log("val/loss", self.loss(batch))
 
 
 RUNS = {
     "whole": Run([128] * 16, 130, "auto"),  # 230 MiB unsplit
     "late": Run([8, 16, 12, 16, 8, 16, 12, 16, 256, 16, 256], 160, BATCH),  # 460 MiB in the first of 256 columns
     "taken": Run([32] * 40, 140, BATCH, taken_mib=100),  # 60 MiB unsplit
+    "validated": Run([16, 24, 32, 24], 100, BATCH, validated=512),  # 60 MiB; 64 MiB for each activation in validation
 }
 
 
@@ -69,9 +83,13 @@ class Limit(pl.Callback):
 
 def train(run: Run, folder: Path, callbacks: list[Any]) -> tuple[LongSequences, Any]:
     torch.manual_seed(0)
-    module = LongSequences()
-    trainer = quiet_trainer(folder, callbacks=callbacks)
-    trainer.fit(module, torch.utils.data.DataLoader(long_batches(run.lengths), batch_size=None))  # type: ignore[arg-type]
+    loaders = [torch.utils.data.DataLoader(long_batches(run.lengths), batch_size=None)]  # type: ignore[arg-type]
+    if run.validated:
+        loaders.append(torch.utils.data.DataLoader(long_batches([run.validated]), batch_size=None))  # type: ignore[arg-type]
+    module = Validated() if run.validated else LongSequences()
+    # Before any training nothing is known of what a step takes.
+    trainer = quiet_trainer(folder, callbacks=callbacks, num_sanity_val_steps=0)
+    trainer.fit(module, *loaders)
     return module, trainer
 
 
@@ -88,7 +106,10 @@ def within(group: MemoryGroup, name: str, controlled: bool, folder: Path) -> Non
         callbacks.append(BatchSizeController(micro_batch_size=run.micro_batch_size))
     module, trainer = train(run, folder, callbacks)
     decisions = [(d.old, d.new, d.reason) for d in decision_log(trainer)] if controlled else []
-    torch.save({"weights": weights(module), "ran": module.ran, "decisions": decisions}, folder / f"{name}.pt")
+    results = {"weights": weights(module), "ran": module.ran, "decisions": decisions}
+    if isinstance(module, Validated):
+        results |= {"validation": module.validation_ran, "loss": trainer.callback_metrics["val/loss"]}
+    torch.save(results, folder / f"{name}.pt")
 
 
 def main(folder: Path) -> None:
@@ -143,6 +164,15 @@ def test_a_long_batch_that_comes_late_runs_smaller(ends: tuple[dict[str, int], P
     old, new, reason = results["decisions"][0]
     assert (old, new) == (BATCH, max(results["ran"][8]))
     assert "A batch as long as this one" in reason
+
+
+def test_validation_of_a_longer_batch_runs_in_pieces(ends: tuple[dict[str, int], Path], tmp_path: Path) -> None:
+    results = torch.load(ends[1] / "validated.pt")
+    assert max(results["validation"]) < BATCH
+    assert sum(results["validation"]) == BATCH
+    assert any("as training has shown" in reason for _, _, reason in results["decisions"])
+    _, trainer = train(RUNS["validated"], tmp_path, [])
+    torch.testing.assert_close(results["loss"], trainer.callback_metrics["val/loss"], rtol=1e-5, atol=0)
 
 
 def test_it_gives_way_to_another_process_and_grows_back(ends: tuple[dict[str, int], Path]) -> None:
