@@ -144,3 +144,16 @@ def rank_results(script: str, folder: Path) -> list[Any]:
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def join_ranks(rank: int, port: int) -> None:
+    """Makes this process one of two ranks that talk over the loopback device."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+        "LOCAL_RANK": str(rank),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    torch.set_num_threads(1)

@@ -193,6 +193,7 @@ GPT2 = Family(
         widths=("split_size",),
     ),
     ffn=FeedForward(inputs=("mlp.c_fc",), output="mlp.c_proj"),
+    config=ConfigFields(layers="n_layer", ffn="n_inner"),
 )
 
 MODERNBERT = Family(
@@ -210,6 +211,7 @@ MODERNBERT = Family(
         widths=("all_head_size",),
     ),
     ffn=FeedForward(inputs=("mlp.Wi", "mlp.Wi"), output="mlp.Wo"),
+    config=ConfigFields(layers="num_hidden_layers", ffn="intermediate_size"),
 )
 
 _T5_HEADS = (

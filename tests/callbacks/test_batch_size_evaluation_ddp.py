@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import nn
 
 from adaptrain import BatchSizeController
 from adaptrain.callbacks.base import decision_log
-from tests.toys import TextModule, quiet_trainer, rank_results, text_loader, text_samples, tiny_bert
+from tests.toys import TextModule, join_ranks, quiet_trainer, rank_results, text_loader, text_samples, tiny_bert
 
 
 class Synced(TextModule):
@@ -42,15 +41,7 @@ class Synced(TextModule):
 
 
 def worker(rank: int, folder: str, port: int) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    torch.set_num_threads(1)
+    join_ranks(rank, port)
     results = []
     for most in (None, 2):
         module = Synced(most=most if rank == 1 else None)

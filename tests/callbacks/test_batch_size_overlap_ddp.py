@@ -21,7 +21,7 @@ from adaptrain.execution.overlap import LastBackwardError, ProvenSizes
 from adaptrain.execution.ranks import Ranks
 from adaptrain.execution.split import Piece
 from tests.callbacks.test_batch_size_ddp import TokenModule, samples
-from tests.toys import quiet_trainer, rank_results, text_loader, weights
+from tests.toys import join_ranks, quiet_trainer, rank_results, text_loader, weights
 
 UNUSED = "ddp_find_unused_parameters_true"
 EPOCHS = 4  # of two batches each
@@ -179,15 +179,7 @@ def out_of_memory_while_reducing(folder: Path, rank: int) -> str:
 
 
 def worker(rank: int, folder: str, port: int) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    torch.set_num_threads(1)
+    join_ranks(rank, port)
     warnings.simplefilter("ignore")
     root = Path(folder)
     results: dict[str, Any] = {

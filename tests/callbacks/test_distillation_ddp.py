@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from adaptrain import BatchSizeController, CubicSchedule, Distillation, ProgressivePruning
-from tests.toys import TextModule, quiet_trainer, rank_results, text_loader, text_samples, weights
+from tests.toys import TextModule, join_ranks, quiet_trainer, rank_results, text_loader, text_samples, weights
 
 pytestmark = pytest.mark.slow
 
@@ -30,15 +29,7 @@ def fit(folder: Path, loader: Any, others: list[Any], **settings: Any) -> dict[s
 
 
 def worker(rank: int, folder: str, port: int) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    torch.set_num_threads(1)
+    join_ranks(rank, port)
     found = []
     for others in ([], [BatchSizeController(micro_batch_size=3)]):
         loader = text_loader(text_samples(96)[rank::2])

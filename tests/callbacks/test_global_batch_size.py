@@ -32,7 +32,7 @@ from adaptrain import (
 )
 from adaptrain.callbacks.base import decision_log
 from adaptrain.nlp.loader import ResumableLoader, ShuffledSampler
-from tests.toys import TextModule, quiet_trainer, text_samples, tiny_bert, weights
+from tests.toys import TextModule, join_ranks, quiet_trainer, text_samples, tiny_bert, weights
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = 54
@@ -459,15 +459,7 @@ def fit_with_workers(folder: Path, *, resume: bool) -> dict[str, Any]:
 
 
 def worker(rank: int, folder: str, port: int) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "LOCAL_RANK": str(rank),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    torch.set_num_threads(1)
+    join_ranks(rank, port)
     warnings.simplefilter("ignore")
     module = Numbered()
     ramp = BatchSizeRamp(begin=8, end=24, until=0.6)

@@ -61,7 +61,11 @@ def cases(written: Any = None) -> list[dict[str, torch.Tensor]]:
 
 def outputs_of(model: Any, written: Any) -> list[torch.Tensor]:
     with torch.no_grad():
-        return [model(**case).logits for case in cases(written)]
+        return [model(**case, **decoder_inputs(model, case)).logits for case in cases(written)]
+
+
+def decoder_inputs(model: Any, case: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"decoder_input_ids": case["input_ids"]} if model.config.is_encoder_decoder else {}
 
 
 def reload_elsewhere(tmp_path: Path, exports: list[Any]) -> list[list[torch.Tensor]]:
@@ -147,7 +151,8 @@ def test_uniform_layers_load_in_plain_transformers_with_the_same_weights(tmp_pat
             assert (ours - theirs).abs().max() <= 1e-6 * ours.abs().max(), written.model_class
 
 
-UNEVEN = [(name, choose) for name in MODELS for choose in (uneven, with_nothing_left, all_gone)]
+PLAIN = [name for name, make in MODELS.items() if find_family(make()).family.config is not None]
+UNEVEN = [(name, choose) for name in PLAIN for choose in (uneven, with_nothing_left, all_gone)]
 
 
 def test_uneven_layers_load_padded_in_plain_transformers_up_to_rounding(tmp_path: Path) -> None:
@@ -159,6 +164,14 @@ def test_uneven_layers_load_padded_in_plain_transformers_up_to_rounding(tmp_path
         assert written.params - written.padding_params == own < written.params <= written.dense_params
         for ours, theirs in zip(outputs_of(model, written), found, strict=True):
             assert (ours - theirs).abs().max() <= 2e-6 * ours.abs().max(), written.model_class
+
+
+def test_models_that_no_config_can_describe_go_with_their_structure(tmp_path: Path) -> None:
+    assert set(MODELS) - set(PLAIN) == {"t5", "t5-gated"}
+    written = export(pruned("t5", uneven), tmp_path / "t5")
+    assert written.layout == "structured"
+    with pytest.raises(ConfigurationError, match="does not say where a config holds its shape"):
+        export(pruned("t5", uneven), tmp_path / "padded", layout="padded")
 
 
 def test_padding_is_exact_in_double_precision_and_no_wider_than_needed(tmp_path: Path) -> None:

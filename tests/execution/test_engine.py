@@ -83,6 +83,28 @@ def gives_free_blocks_back_before_it_refuses_a_size(_: Path) -> None:
     assert 19 <= forecast.most(100, 1) < 30
 
 
+def counts_gradients_kept_between_batches(tmp_path: Path) -> None:
+    """A batch that begins an accumulation window has them in use; those after it take them beside their own."""
+
+    class Heavy(LongSequences):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heavy = torch.nn.Parameter(torch.rand(2**23))  # 32 MiB
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return super().loss(batch) + self.heavy.sum()
+
+    def added_mib(accumulate: int) -> float:
+        controller = BatchSizeController(micro_batch_size=BATCH)
+        loader: Any = torch.utils.data.DataLoader(long_batches([4, 4, 16, 16]), batch_size=None)  # type: ignore[arg-type]
+        trainer = quiet_trainer(tmp_path, callbacks=[controller], accumulate_grad_batches=accumulate)
+        trainer.fit(Heavy(), loader)
+        [added] = [added for _, length, added in controller.state_dict()["fit"]["added"] if length == 16]
+        return added / 2**20
+
+    assert 28 < added_mib(2) - added_mib(1) < 36
+
+
 @pytest.mark.parametrize(
     "check",
     [
@@ -90,6 +112,7 @@ def gives_free_blocks_back_before_it_refuses_a_size(_: Path) -> None:
         measures_the_peak_of_a_step,
         counts_what_a_step_takes_from_the_free_blocks_of_the_heap,
         gives_free_blocks_back_before_it_refuses_a_size,
+        counts_gradients_kept_between_batches,
     ],
 )
 def test_in_a_fresh_process(check, tmp_path: Path) -> None:
@@ -111,28 +134,6 @@ def test_the_first_step_is_careful_where_nothing_is_known(tmp_path: Path) -> Non
     resumed.load_state_dict(controller.state_dict())
     assert first_steps(resumed) == [[16] * 8] * 2
     assert first_steps(BatchSizeController(micro_batch_size=64)) == [[64] * 2] * 2
-
-
-def test_gradients_kept_between_batches_are_counted(tmp_path: Path) -> None:
-    """A batch that begins an accumulation window has them in use; those after it take them beside their own."""
-
-    class Heavy(LongSequences):
-        def __init__(self) -> None:
-            super().__init__()
-            self.heavy = torch.nn.Parameter(torch.rand(2**23))  # 32 MiB
-
-        def loss(self, batch: Any) -> torch.Tensor:
-            return super().loss(batch) + self.heavy.sum()
-
-    def added_mib(accumulate: int) -> float:
-        controller = BatchSizeController(micro_batch_size=BATCH)
-        loader: Any = torch.utils.data.DataLoader(long_batches([4, 4, 16, 16]), batch_size=None)  # type: ignore[arg-type]
-        trainer = quiet_trainer(tmp_path, callbacks=[controller], accumulate_grad_batches=accumulate)
-        trainer.fit(Heavy(), loader)
-        [added] = [added for _, length, added in controller.state_dict()["fit"]["added"] if length == 16]
-        return added / 2**20
-
-    assert 28 < added_mib(2) - added_mib(1) < 36
 
 
 def test_the_limit_is_the_tightest_there_is() -> None:
