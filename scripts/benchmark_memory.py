@@ -199,14 +199,16 @@ def main() -> None:
         "--json", type=Path, help="write the numbers to this file, after every part, beside what it has"
     )
     args = parser.parse_args()
-    if (args.model is None) != (args.data is None):
+    tasks = [Task()]
+    if args.model is not None and args.data is not None:
+        if not (args.data / "train.tsv").is_file():
+            parser.error(f"there is no train.tsv in {args.data}")
+        tasks.insert(0, Task(args.model, args.data / "train.tsv"))
+    elif args.model is not None or args.data is not None:
         parser.error("--model and --data go together: the encoder needs sentences to train on")
-    if args.data is not None and not (args.data / "train.tsv").is_file():
-        parser.error(f"there is no train.tsv in {args.data}")
 
     be_quiet()
     torch.set_num_threads(args.threads)
-    tasks = [Task()] if args.model is None else [Task(args.model, args.data / "train.tsv"), Task()]
     tasks = [task for task in tasks if args.tasks is None or task.name in args.tasks]
     rows: list[dict[str, Any]] = []
     for part in args.parts:

@@ -25,7 +25,8 @@ from adaptrain.nlp.modules import TextClassifier
 from adaptrain.nlp.quiet import quiet_transformers
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
-from adaptrain.pruning.families import find_family, projections
+from adaptrain.pruning.checks import projections
+from adaptrain.pruning.families import find_family
 from adaptrain.pruning.importance import magnitude_scores
 from adaptrain.pruning.shape import typical_shape
 from adaptrain.pruning.surgery import shrink
@@ -178,7 +179,9 @@ def torch_pruned(model: Any, gradients: Any, ratio: float, *, scope: str) -> Any
     attentions: list[Any] = [layer.attention.self for layer in layers]
     heads = {m: a.num_attention_heads for a in attentions for m in (a.query, a.key, a.value)}
     cut = {*heads, *(layer.intermediate.dense for layer in layers)}
-    kept = [m for m in pruned.modules() if isinstance(m, (nn.Linear, nn.Embedding, nn.LayerNorm)) and m not in cut]
+    kept: list[nn.Module] = [
+        m for m in pruned.modules() if isinstance(m, (nn.Linear, nn.Embedding, nn.LayerNorm)) and m not in cut
+    ]
     taylor = gradients is not None
     importance = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2)
     pruner = tp.pruner.BasePruner(
