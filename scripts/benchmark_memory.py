@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="repeats, each with its own order of samples (3)")
     parser.add_argument("--samples", type=int, default=768, help="samples timed in a repeat of an arm (768)")
     parser.add_argument("--peer-steps", type=int, default=100, help="optimizer steps before the long batch (100)")
-    parser.add_argument("--room-mib", type=int, default=1200, help="memory of part peers above the loaded model (1200)")
+    parser.add_argument("--room-mib", type=int, default=800, help="memory of part peers above the loaded model (800)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
     parser.add_argument(
         "--json", type=Path, help="write the numbers to this file, after every part, beside what it has"

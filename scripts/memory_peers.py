@@ -31,10 +31,19 @@ AFTER = 5  # steps after it
 LOGICAL = 64  # the controller's loader; the others choose their batch size
 
 
-class Watch(pl.Callback):
-    """Notes when each optimizer step began, with its samples; the first step of the last attempt counts as the find."""
+class StartsAgainError(Exception):
+    """A peer begins anew after the long batch, as it would at each smaller size: what that throws away is known."""
 
-    def __init__(self) -> None:
+
+class Watch(pl.Callback):
+    """Notes when each optimizer step began, with its samples, in the last attempt at training.
+
+    Args:
+        steps: Steps whose loss is enough to know: an attempt after that many is not watched.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.starts: list[float] = []
         self.samples: list[int] = []
         self.attempts: list[int] = []  # steps that earlier attempts had done
@@ -42,6 +51,8 @@ class Watch(pl.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self.starts:
             self.attempts.append(len(self.starts) - 1)
+        if sum(self.attempts) >= self.steps:
+            raise StartsAgainError(f"begins anew with a smaller batch after {sum(self.attempts)} steps (stopped here)")
         self.starts, self.samples = [], []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -83,7 +94,7 @@ def child(arm: str, task: Task, room_mib: int, steps: int) -> dict[str, Any]:
     import resource
 
     task.loader(2, seed=0)  # data loaded and tokenized before the limit
-    watch, total, note = Watch(), steps + AFTER, ""
+    watch, total, note = Watch(steps), steps + AFTER, ""
 
     # oneDNN reports a failed allocation as "could not create a primitive", which no size finder knows: without it they
     # get the error they wait for.
