@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from adaptrain.app.config import config_dir, experiments
 
+_WIDTH = 120
+
 
 def program() -> str:
     """Returns the command as the user typed it, for examples that can be copied."""
@@ -19,6 +24,25 @@ def program() -> str:
     if script == "__main__.py":
         return "python -m adaptrain"
     return f"python {script}" if script.endswith(".py") else script
+
+
+@contextlib.contextmanager
+def folded(arguments: Sequence[str]) -> Iterator[None]:
+    """Breaks long lines of the help: Hydra lists the options of a group in one line, however many there are.
+
+    Args:
+        arguments: The command line; nothing is done where it does not ask for help.
+    """
+    if not {"--help", "-h"} & set(arguments):
+        yield
+        return
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            yield
+    finally:
+        for line in text.getvalue().splitlines():
+            print(textwrap.fill(line, _WIDTH, subsequent_indent="    ", drop_whitespace=False) if line else "")  # noqa: T201
 
 
 def experiments_text() -> str:

@@ -36,7 +36,8 @@ def main() -> None:
         return
     _share_cores()
     try:
-        _hydra_main()
+        with overview.folded(sys.argv):
+            _hydra_main()
     except HydraException as error:  # from --help and its kin, which Hydra does not guard
         errors.show(str(error).strip())
         raise SystemExit(errors.EXIT_CODE) from None
