@@ -266,7 +266,7 @@ class MicroBatching:
         if self._policy.is_searching and not outcome.failures and most:
             seconds, highest = self._ranks.maxima([seconds, float(self._memory_forecast.peak_bytes)])
             rate = self._work(shape, samples) / max(1e-9, seconds)
-            measured = {"peak_gib": round(highest / GIB, 4)}
+            measured = {"peak_gib": round(highest / GIB, 4)} if highest else {}
         proposal = self._policy.observe(
             batch_size=most, samples_per_s=rate, forecast=lambda size: self._forecast(size, self._longest)
         )

@@ -11,6 +11,7 @@ from adaptrain.policies.peak_memory import PeakMemoryFit
 
 _LOOK_SHARE = 0.005  # of the time goes into looks at what others leave, at most; one takes 0.5 ms on the host
 _LONGEST_LOOK_AGE_S = 0.25  # where a busy machine makes looks slow, what they saw must not get old
+_PLENTY = 3  # shapes that were measured, and times the predicted memory that there is room for, to measure no more
 _MEASURE_EVERY = 100  # steps between two measurements, where neither the size nor the shape is new
 
 
@@ -35,7 +36,7 @@ class MemoryForecast:
         self._steps = 0
         self.used_bytes = 0.0
         self.limit_bytes = math.inf
-        self.peak_bytes = 0
+        self.peak_bytes = 0  # of the last step; 0 where it was not measured
 
     @property
     def is_blind(self) -> bool:
@@ -83,7 +84,9 @@ class MemoryForecast:
         return self._fit.knows(samples, length)
 
     def start(self, samples: int, length: int, *, size: int) -> bool:
-        """Begins to measure a step where that tells something new.
+        """Begins to measure a step where that tells something new, and there is not plenty of room whatever it tells.
+
+        A measured step is slower: the heap's free blocks are given back before it, and taken again.
 
         Args:
             samples: Samples at once.
@@ -95,11 +98,17 @@ class MemoryForecast:
         """
         self._steps += 1
         is_due = self._steps % _MEASURE_EVERY == 0 or self._before is not None
-        measures = is_due or size != self._size or not self._fit.knows(samples, length)
+        is_new = size != self._size or not self._fit.knows(samples, length)
+        measures = is_due or (is_new and not self._has_plenty(samples, length))
         self._size = size
+        self.peak_bytes = 0
         if measures:
             self._memory.start()
         return measures
+
+    def _has_plenty(self, samples: int, length: int) -> bool:
+        added = self._fit.predict(samples, length) or math.inf
+        return self._fit.measured >= _PLENTY and self.used_bytes + _PLENTY * added < self.limit_bytes
 
     def stop(self) -> None:
         """Ends the measurement: `peak_bytes` is the step's."""

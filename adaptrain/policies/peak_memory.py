@@ -52,6 +52,11 @@ class PeakMemoryFit:
         if len(self._exceeded) > _KEPT:
             del self._exceeded[next(iter(self._exceeded))]
 
+    @property
+    def measured(self) -> int:
+        """How many shapes were measured."""
+        return len(self._added)
+
     def knows(self, samples: int, length: int) -> bool:
         """Whether a step was measured that takes at least as much, whichever of the terms makes it up."""
         terms = _terms(samples, length)
