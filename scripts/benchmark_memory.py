@@ -98,6 +98,8 @@ def measure_speed(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
             for name, taken in times.items():
                 rates.setdefault(name, []).append(batch_size * steps / sum(taken))
                 ratios.setdefault(name, []).append(sum(times["plain"]) / sum(taken))
+            seen = ", ".join(f"{name} {values[-1]:.3f}" for name, values in ratios.items())
+            print(f"  batch size {batch_size}, repeat {repeat + 1} of {args.repeats}: {seen}", flush=True)
         for name in ratios:
             row = {"part": "speed", "task": task.name, "batch_size": batch_size, "arm": name}
             row |= {"samples_per_s": statistics.median(rates[name]), "ratio": spread(ratios[name])}
