@@ -26,7 +26,7 @@ from adaptrain.callbacks.base import decision_log
 from adaptrain.resources.peak import proc_status_bytes
 
 ARMS = ("Lightning BatchSizeFinder", "accelerate find_executable_batch_size", "ours")
-LONG = 512  # tokens of the samples in the late batch
+LONG = 256  # tokens of the samples in the late batch
 AFTER = 5  # steps after it
 LOGICAL = 64  # the controller's loader; the others choose their batch size
 
