@@ -26,7 +26,8 @@ from lockstep import Turn, lockstep, spread
 from memory_tasks import Task, be_quiet, fit
 
 import adaptrain
-from adaptrain.resources.host import PeakMemory
+from adaptrain.execution.oom import release_memory
+from adaptrain.resources.host import PeakMemory, process_memory_bytes
 
 PARTS = ("speed", "fixed", "overhead", "errors", "peers")
 WARMUP = 2
@@ -112,13 +113,15 @@ def measure_fixed(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
     """2. Against every fixed micro-batch size under the same memory cap, the best of them found afterwards."""
     batch_size = args.fixed_batch_size
     sizes = [size for size in (4, 8, 12, 16, 24, 32, 64, 128) if size <= batch_size]
-    peaks = {size: _peak_gib(task, batch_size, size) for size in sizes}
+    peaks = {size: _added_gib(task, batch_size, size) for size in sizes}
     cap = (peaks[sizes[-1]] + peaks[sizes[len(sizes) // 2]]) / 2  # about half of the sizes break it
     allowed = [size for size in sizes if peaks[size] <= cap]
     rows = []
     for limit, candidates in ((None, sizes), (cap, allowed)):
         ratios, best = [], []
-        state, _, _ = settle(task, batch_size, seed=0, memory_limit_gib=limit, memory_fraction=1.0)
+        release_memory()
+        allowance = None if limit is None else _used_gib() + limit
+        state, _, _ = settle(task, batch_size, seed=0, memory_limit_gib=allowance, memory_fraction=1.0)
         for repeat in range(args.repeats):
             arms: dict[str, Callable[[], list[Any]]] = {
                 str(size): partial(ours, micro_batch_size=size) for size in candidates
@@ -136,14 +139,19 @@ def measure_fixed(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _peak_gib(task: Task, batch_size: int, size: int) -> float:
-    cuda = torch.cuda.is_available()
-    gc.collect()
+def _used_gib() -> float:
+    return (torch.cuda.memory_allocated() if torch.cuda.is_available() else process_memory_bytes()) / 2**30
+
+
+def _added_gib(task: Task, batch_size: int, size: int) -> float:
+    """Returns what a training at this size takes beside what is in use: the processes' heaps differ."""
+    release_memory()
+    before, cuda = _used_gib(), torch.cuda.is_available()
     with PeakMemory() as peak:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         fit(task.module(), task.loader(batch_size, seed=0), *ours(micro_batch_size=size), steps=4)
-        return (torch.cuda.max_memory_allocated() if cuda else peak.read()) / 2**30
+        return (torch.cuda.max_memory_allocated() if cuda else peak.read()) / 2**30 - before
 
 
 def measure_overhead(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
