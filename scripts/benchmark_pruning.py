@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="(default: 32)")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak of the linear schedule (default: 1e-4)")
     parser.add_argument("--threads", type=int, default=2, help="of each process (default: 2)")
+    parser.add_argument("--precision", default="32-true", help="of training, as Lightning names it (default: 32-true)")
     parser.add_argument(
         "--json", type=Path, default=Path("benchmark_pruning.json"), help="results (default: %(default)s)"
     )
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "batch_size": args.batch_size,
         "lr": args.lr,
         "threads": args.threads,
+        "precision": args.precision,
     }
     results = _load(args.json, settings)
     done = {(result["arm"], result["seed"]) for result in results}

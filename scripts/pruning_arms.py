@@ -51,6 +51,7 @@ class Job:
         batch_size: Samples in a step.
         lr: The peak of the linear schedule.
         threads: Torch's.
+        precision: Of training, as Lightning names it; latencies are measured in full precision.
     """
 
     arm: str
@@ -62,6 +63,7 @@ class Job:
     batch_size: int
     lr: float
     threads: int
+    precision: Any
 
     @property
     def method(self) -> str:
@@ -290,6 +292,7 @@ def _run(job: Job, folder: str) -> dict[str, Any]:
     trainer: Any = pl.Trainer(
         accelerator="cpu",
         devices=1,
+        precision=job.precision,
         max_epochs=job.epochs,
         callbacks=callbacks,
         logger=False,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptrain.errors import ConfigurationError
+from adaptrain.execution.logit_cache import LogitCache
 from adaptrain.execution.split import IGNORED
 
 
@@ -50,6 +51,7 @@ class DistillationLoss:
         weight: Of the teacher, in (0, 1].
         backbone: Returns the module of a model whose first output is the last hidden state, for the MSE between the
             two; None: only logits.
+        cache: Where the teacher's logits are kept for samples that come again; None: nowhere. Hidden states are not.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class DistillationLoss:
         temperature: float,
         weight: float,
         backbone: Callable[[Any], nn.Module] | None = None,
+        cache: LogitCache | None = None,
     ) -> None:
         self.student = student
         self.teacher = teacher
@@ -67,6 +70,7 @@ class DistillationLoss:
         self.weight = weight
         self.samples = 0  # of the step just run
         self._backbone = backbone
+        self._cache = cache if backbone is None else None
 
     def __call__(self, step: Callable[[], Any]) -> tuple[Any, Tensor | None]:
         """Runs a training step.
@@ -147,12 +151,21 @@ class DistillationLoss:
             handle = self._backbone(self.teacher).register_forward_hook(
                 lambda module, inputs, output: hidden.append(output[0])
             )
+        kwargs = {name: value for name, value in each.kwargs.items() if name != "labels"}
         try:
-            output = self.teacher(*each.args, **{name: v for name, v in each.kwargs.items() if name != "labels"})
+            if self._cache is None:
+                logits = self._logits_of_teacher(*each.args, **kwargs)
+            else:
+                mask = each.given.get("attention_mask")
+                padded = isinstance(mask, Tensor) and mask.ndim == 2
+                logits = self._cache.ask(self._logits_of_teacher, each.args, kwargs, mask if padded else None)
         finally:
             if handle is not None:
                 handle.remove()
-        return _logits(output, self.teacher, "The teacher "), hidden[-1] if hidden else None
+        return logits, hidden[-1] if hidden else None
+
+    def _logits_of_teacher(self, *args: Any, **kwargs: Any) -> Tensor:
+        return _logits(self.teacher(*args, **kwargs), self.teacher, "The teacher ")
 
 
 def _logits(output: Any, model: nn.Module, who: str) -> Tensor:

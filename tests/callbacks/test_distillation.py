@@ -158,11 +158,30 @@ def test_micro_batches_of_a_language_model_are_taught_like_the_batch(tmp_path) -
     assert torch.allclose(*found, atol=1e-6, rtol=0)  # transformers forms this loss in single precision
 
 
+def test_samples_of_a_later_epoch_are_not_asked_about_again(tmp_path) -> None:
+    passes: dict[float, int] = {}
+    found = []
+    for cache_mib in (0, 64):
+        teacher = tiny_bert(ffn=96)
+        passes[cache_mib] = 0
+
+        def count(*_: Any, size: float = cache_mib) -> None:
+            passes[size] += 1
+
+        distillation = Distillation(teacher=teacher, cache_mib=cache_mib)
+        module = TextModule()
+        teacher.register_forward_hook(count)
+        fit(tmp_path / str(cache_mib), [distillation], module=module)
+        found.append(weights(module))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    assert passes[0] - passes[64] == STEPS * 3 // 4  # three of four epochs
+
+
 def test_every_other_step(tmp_path) -> None:
     asked = []
     teacher = tiny_bert(ffn=96)
     teacher.register_forward_hook(lambda *_: asked.append(1))
-    distillation = Distillation(teacher=teacher, every=3)
+    distillation = Distillation(teacher=teacher, every=3, cache_mib=0)
     _, module = fit(tmp_path, [distillation])
     assert len(asked) == 1 + STEPS // 3  # once to be checked
     _, plain = fit(tmp_path, [])

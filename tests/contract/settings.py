@@ -85,6 +85,7 @@ SETTINGS = {
                 ({"temperature": 0}, "temperature"),
                 ({"weight": 1.5}, "weight"),
                 ({"every": 0}, "every"),
+                ({"cache_mib": -1}, "cache_mib"),
             ),
             frozenset({"distillation"}),
         ),
