@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from adaptrain.callbacks.pruning import ProgressivePruning as ProgressivePruning
     from adaptrain.callbacks.random_state import RandomState as RandomState
     from adaptrain.callbacks.wall_clock import WallClock as WallClock
+    from adaptrain.callbacks.weight_pruning import WeightPruning as WeightPruning
     from adaptrain.decisions import Decision as Decision
     from adaptrain.decisions import DecisionLog as DecisionLog
     from adaptrain.errors import ConfigurationError as ConfigurationError
@@ -58,6 +59,7 @@ _NAMES = {
     "ResourceMonitor": "adaptrain.callbacks.monitor",
     "ResourceSnapshot": "adaptrain.resources",
     "WallClock": "adaptrain.callbacks.wall_clock",
+    "WeightPruning": "adaptrain.callbacks.weight_pruning",
     "load_from_checkpoint": "adaptrain.pruning.checkpoint",
 }
 

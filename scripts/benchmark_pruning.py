@@ -63,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="of each process (default: 2)")
     parser.add_argument("--precision", default="32-true", help="of training, as Lightning names it (default: 32-true)")
     parser.add_argument(
+        "--micro-batch-size",
+        type=int,
+        help="samples at once, sorted by length, in every arm: the same gradients sooner (default: the whole batch)",
+    )
+    parser.add_argument(
         "--json", type=Path, default=Path("benchmark_pruning.json"), help="results (default: %(default)s)"
     )
     parser.add_argument("--plot", type=Path, default=Path("benchmark_pruning.png"), help="(default: %(default)s)")
@@ -76,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "lr": args.lr,
         "threads": args.threads,
         "precision": args.precision,
+        "micro_batch_size": args.micro_batch_size,
     }
     results = _load(args.json, settings)
     done = {(result["arm"], result["seed"]) for result in results}

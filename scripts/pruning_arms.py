@@ -52,6 +52,7 @@ class Job:
         lr: The peak of the linear schedule.
         threads: Torch's.
         precision: Of training, as Lightning names it; latencies are measured in full precision.
+        micro_batch_size: Samples at once, sorted by length inside their batch, in every arm; None: whole batches.
     """
 
     arm: str
@@ -64,6 +65,7 @@ class Job:
     lr: float
     threads: int
     precision: Any
+    micro_batch_size: int | None
 
     @property
     def method(self) -> str:
@@ -289,6 +291,8 @@ def _run(job: Job, folder: str) -> dict[str, Any]:
         with watch("table"):
             module.model, note = truncated(module.model, job.target, shape)
     callbacks = CALLBACKS[job.method](job, watch, shape)
+    if job.micro_batch_size is not None:
+        callbacks.append(adaptrain.BatchSizeController(micro_batch_size=job.micro_batch_size, split_by="tokens"))
     trainer: Any = pl.Trainer(
         accelerator="cpu",
         devices=1,

@@ -16,7 +16,7 @@ from adaptrain._lightning.structure import (
 )
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.errors import ConfigurationError
-from adaptrain.policies.sparsity import CubicSchedule
+from adaptrain.policies.sparsity import read_schedule
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
 from adaptrain.pruning.events import describe_event
@@ -92,7 +92,7 @@ class ProgressivePruning(AdaptiveCallback):
         self.groups = _read_groups(groups)
         check_importance(importance)
         self.importance: ScoreBy = importance
-        self.schedule = _read_schedule(schedule)
+        self.schedule = read_schedule(schedule)
         self.round_to = _read_round_to(round_to)
         if not isinstance(uniform, bool):
             raise ConfigurationError(f"uniform must be true or false, got {uniform!r}.")
@@ -321,14 +321,6 @@ def _read_groups(groups: Sequence[str]) -> tuple[str, ...]:
             f" {list(named)}. Name all three."
         )
     return tuple(kind for kind in known if kind in named)
-
-
-def _read_schedule(schedule: Any) -> Any:
-    if schedule is None or isinstance(schedule, Mapping):
-        return CubicSchedule(**(schedule or {}))
-    if not callable(getattr(schedule, "plan", None)):
-        raise ConfigurationError(f"schedule must be a schedule such as CubicSchedule(events=6), got {schedule!r}.")
-    return schedule
 
 
 def _read_round_to(round_to: str | int | Mapping[str, int]) -> str | int | dict[str, int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from adaptrain.errors import ConfigurationError
 
@@ -110,3 +111,16 @@ class OneShotSchedule:
     def plan(self) -> list[Event]:
         """Returns the one event."""
         return [Event(float(self.at), 1.0)]
+
+
+def read_schedule(schedule: Any) -> Any:
+    """Returns a schedule from what a user gave: one, the arguments of a `CubicSchedule` as a mapping, or None.
+
+    Raises:
+        ConfigurationError: It is none of these.
+    """
+    if schedule is None or isinstance(schedule, Mapping):
+        return CubicSchedule(**(schedule or {}))
+    if not callable(getattr(schedule, "plan", None)):
+        raise ConfigurationError(f"schedule must be a schedule such as CubicSchedule(events=6), got {schedule!r}.")
+    return schedule

@@ -17,6 +17,7 @@ REASONS_PER_KNOB = 3
 
 _KNOB_LABELS = {
     "structure": "structure (parameters)",
+    "weight_sparsity": "weights set to zero (share)",
     "micro_batch_size": "micro-batch size",
     "global_batch_size": "global batch size",
     "learning_rate": "learning rate (multiplier)",

@@ -77,6 +77,19 @@ SETTINGS = {
             frozenset({"structure"}),
         ),
         Setting(
+            "WeightPruning",
+            "weight_pruning",
+            {"sparsity": 0.5, "schedule": adaptrain.CubicSchedule(begin=0.2, end=0.7, events=2)},
+            (
+                ({"sparsity": 1.5}, "sparsity"),
+                ({"sparsity": None}, "sparsity"),
+                ({"granularity": "4:2", "sparsity": None}, "4:2"),
+                ({"granularity": "2:4"}, "leave out sparsity"),
+                ({"granularity": "block"}, "block"),
+            ),
+            frozenset({"weight_sparsity"}),
+        ),
+        Setting(
             "Distillation",
             "distillation",
             {"teacher": tiny_bert(ffn=96), "hidden": True},
