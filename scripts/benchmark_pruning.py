@@ -6,6 +6,8 @@ method, with the latency it aims at as a fraction of the dense model's behind an
     dense               plain fine-tuning
     ours                ProgressivePruning, to the latency
     ours+distillation   the same, taught by the dense model from the first event on
+    ours+tokens         the same, with BatchSizeController(split_by="tokens")
+    ours+OPTION         an ablation: layers, early, late, linear, oneshot, magnitude, activation, movement, random, rate
     tp-taylor           Torch-Pruning once after the first epoch, heads and FFN, by gradients; new optimizer afterwards
     tp-magnitude        the same by weights
     lightning           Lightning's ModelPruning, which sets 1 - target of the weights to zero after the first epoch
@@ -129,11 +131,11 @@ def _run_in_process(**job: Any) -> dict[str, Any]:
 
 
 def _run(job: dict[str, Any], sender: Any) -> None:
-    from pruning_arms import CALLBACKS, Job, run
+    from pruning_arms import Job, run
 
     asked = Job(**job)
-    if asked.method not in CALLBACKS:
-        raise SystemExit(f"There is no arm {asked.arm!r}. Methods are {', '.join(CALLBACKS)}.")
+    if (wrong := asked.unknown()) is not None:
+        raise SystemExit(wrong)
     sender.send(run(asked))
 
 

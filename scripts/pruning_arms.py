@@ -71,6 +71,16 @@ class Job:
     def method(self) -> str:
         return self.arm.partition("@")[0]
 
+    def unknown(self) -> str | None:
+        """Returns what is wrong with the arm's name, if anything is."""
+        base, *options = self.method.split("+")
+        if base not in CALLBACKS:
+            return f"There is no arm {self.arm!r}. Methods are {', '.join(CALLBACKS)}."
+        known = {*OPTIONS, *COMPANIONS} if base == "ours" else set()
+        if odd := [name for name in options if name not in known]:
+            return f"{base} has no option {odd[0]!r}. Options of ours are {', '.join((*OPTIONS, *COMPANIONS))}."
+        return None
+
     @property
     def target(self) -> float:
         return float(self.arm.partition("@")[2] or 1.0)
@@ -290,7 +300,7 @@ def _run(job: Job, folder: str) -> dict[str, Any]:
     if job.method == "small":
         with watch("table"):
             module.model, note = truncated(module.model, job.target, shape)
-    callbacks = CALLBACKS[job.method](job, watch, shape)
+    callbacks = CALLBACKS[job.method.partition("+")[0]](job, watch, shape)
     if job.micro_batch_size is not None:
         callbacks.append(adaptrain.BatchSizeController(micro_batch_size=job.micro_batch_size, split_by="tokens"))
     trainer: Any = pl.Trainer(
@@ -323,6 +333,7 @@ def _run(job: Job, folder: str) -> dict[str, Any]:
         "latency": latency_ratio(dense, module.model, cost.example_inputs(module.model, *shape)),
         "latency_input": list(shape),
         "params": cost.count_params(module.model),
+        "widths": structures.widths(structures.current(find_family(module))),
         "zeros": _zeros(module.model),
         "wall_s": wall,
         "spent_s": watch.seconds,
@@ -341,8 +352,29 @@ def _zeros(model: Any) -> float:
     return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "layers": {"groups": ("heads", "ffn", "layers")},
+    "early": {"schedule": adaptrain.CubicSchedule(begin=0.05, end=0.4, events=6)},
+    "late": {"schedule": adaptrain.CubicSchedule(begin=0.3, end=0.7, events=6)},
+    "linear": {"schedule": adaptrain.LinearSchedule(begin=0.1, end=0.6, events=6)},
+    "oneshot": {"schedule": adaptrain.OneShotSchedule(at=1 / 3)},
+    "magnitude": {"importance": "magnitude"},
+    "activation": {"importance": "activation"},
+    "movement": {"importance": "movement"},
+    "random": {"importance": "random"},
+}
+COMPANIONS: dict[str, Callable[[], Any]] = {
+    "distillation": adaptrain.Distillation,
+    "rate": lambda: adaptrain.LearningRateController(align=False, cap=False, plateau=False),  # recovery and guard
+    "tokens": lambda: adaptrain.BatchSizeController(split_by="tokens"),
+}
+
+
 def _ours(job: Job, watch: Watch, shape: tuple[int, int]) -> list[Any]:
-    return [TimedPruning(watch, target={"latency": job.target}, latency_input=shape)]
+    named = job.method.split("+")[1:]
+    arguments = {key: value for name in named for key, value in OPTIONS.get(name, {}).items()}
+    pruning = TimedPruning(watch, target={"latency": job.target}, latency_input=shape, **arguments)
+    return [pruning, *(COMPANIONS[name]() for name in named if name in COMPANIONS)]
 
 
 def _lightning(job: Job, watch: Watch, shape: tuple[int, int]) -> list[Any]:
@@ -362,7 +394,6 @@ CALLBACKS: dict[str, Callable[[Job, Watch, tuple[int, int]], list[Any]]] = {
     "dense": lambda job, watch, shape: [],
     "small": lambda job, watch, shape: [],
     "ours": _ours,
-    "ours+distillation": lambda job, watch, shape: [*_ours(job, watch, shape), adaptrain.Distillation()],
     "tp-taylor": lambda job, watch, shape: [TorchPruning(watch, job, shape)],
     "tp-magnitude": lambda job, watch, shape: [TorchPruning(watch, job, shape)],
     "lightning": _lightning,

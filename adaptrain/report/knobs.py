@@ -43,11 +43,13 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def knob_value(knob: str, value: Any) -> str:
-    """A knob's value as text: parameters in millions, a multiplier as `0.50x`."""
+    """A knob's value as text: parameters in millions, a multiplier as `0.50x`, zeros in percent."""
     if not is_number(value):
         return MISSING if value is None else str(value)
     if knob == "structure":
         return f"{significant(value / 1e6)} M"
+    if knob == "weight_sparsity":
+        return f"{value:.0%}"
     if knob == "learning_rate":
         return f"{significant(value)}x"
     return f"{value:g}" if isinstance(value, float) else str(value)
