@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adaptrain.callbacks.base import AdaptiveCallback as AdaptiveCallback
     from adaptrain.callbacks.batch_size import BatchSizeController as BatchSizeController
     from adaptrain.callbacks.distillation import Distillation as Distillation
+    from adaptrain.callbacks.family import FamilyCheckpoint as FamilyCheckpoint
     from adaptrain.callbacks.graceful_stop import GracefulStop as GracefulStop
     from adaptrain.callbacks.learning_rate import LearningRateController as LearningRateController
     from adaptrain.callbacks.monitor import ResourceMonitor as ResourceMonitor
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from adaptrain.decisions import Decision as Decision
     from adaptrain.decisions import DecisionLog as DecisionLog
     from adaptrain.errors import ConfigurationError as ConfigurationError
+    from adaptrain.family.model_family import ModelFamily as ModelFamily
     from adaptrain.policies.global_batch_size import BatchSizeRamp as BatchSizeRamp
     from adaptrain.policies.noise_scale import GradientNoiseScale as GradientNoiseScale
     from adaptrain.policies.sparsity import CosineSchedule as CosineSchedule
@@ -48,10 +50,12 @@ _NAMES = {
     "Decision": "adaptrain.decisions",
     "DecisionLog": "adaptrain.decisions",
     "Distillation": "adaptrain.callbacks.distillation",
+    "FamilyCheckpoint": "adaptrain.callbacks.family",
     "GracefulStop": "adaptrain.callbacks.graceful_stop",
     "GradientNoiseScale": "adaptrain.policies.noise_scale",
     "LearningRateController": "adaptrain.callbacks.learning_rate",
     "LinearSchedule": "adaptrain.policies.sparsity",
+    "ModelFamily": "adaptrain.family.model_family",
     "OneShotSchedule": "adaptrain.policies.sparsity",
     "Progress": "adaptrain.budget",
     "ProgressivePruning": "adaptrain.callbacks.pruning",

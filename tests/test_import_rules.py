@@ -19,6 +19,7 @@ FORBIDDEN = {
     room: {"callbacks", "nlp", "app", "report"}
     for room in ("resources", "execution", "pruning", "compression", "_lightning")
 }
+FORBIDDEN["family"] = {"callbacks", "nlp", "app"}
 FORBIDDEN["callbacks"] = {"nlp", "app", "report"}
 FORBIDDEN["report"] = {"nlp", "app"}
 FORBIDDEN["nlp"] = {"app"}

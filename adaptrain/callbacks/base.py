@@ -104,16 +104,21 @@ class AdaptiveCallback(_lightning.Callback):
                     other.on_decision(trainer, trainer.lightning_module, decision)
         return decision
 
-    def announce(self, trainer: Any, knob: str) -> None:
+    def announce(self, trainer: Any, knob: str, *, at_end: bool = False) -> None:
         """Tells the other adaptive callbacks that a knob is about to move, while what it moves is still as it was.
 
         Call it on every rank, not in a dry run.
+
+        Args:
+            trainer: The trainer.
+            knob: The knob.
+            at_end: Training is over, so that no step follows the change.
         """
         for other in trainer.callbacks:
             if other is not self and isinstance(other, AdaptiveCallback):
-                other.on_before_change(trainer, trainer.lightning_module, knob)
+                other.on_before_change(trainer, trainer.lightning_module, knob, at_end=at_end)
 
-    def on_before_change(self, trainer: Any, pl_module: Any, knob: str) -> None:
+    def on_before_change(self, trainer: Any, pl_module: Any, knob: str, *, at_end: bool = False) -> None:
         """Hears that another adaptive callback is about to move a knob; a decision follows."""
 
     def on_decision(self, trainer: Any, pl_module: Any, decision: Decision) -> None:

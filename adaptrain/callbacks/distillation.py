@@ -159,9 +159,9 @@ class Distillation(AdaptiveCallback):
             kind = f"{type(self._model).__name__} given" if isinstance(self.teacher, nn.Module) else repr(self.teacher)
             self._record(trainer, f"The {kind} as teacher teaches from the start")
 
-    def on_before_change(self, trainer: Any, pl_module: Any, knob: str) -> None:
+    def on_before_change(self, trainer: Any, pl_module: Any, knob: str, *, at_end: bool = False) -> None:
         """Takes the dense model as the teacher, before its structure changes for the first time."""
-        if knob != "structure" or not self._is_dense or self._began or self._match is None:
+        if knob != "structure" or at_end or not self._is_dense or self._began or self._match is None:
             return
         if not self.dry_run:
             self._model = copy_teacher(self._match)

@@ -215,7 +215,7 @@ class ProgressivePruning(AdaptiveCallback):
                 self._done + 1,
                 events,
             )
-            self._prune(trainer, pl_module, events, _lightning.progress(trainer), announce=False)
+            self._prune(trainer, pl_module, events, _lightning.progress(trainer), at_end=True)
         report = self._pruner.report() if _lightning.is_rank_zero(trainer) else None
         self._report = _lightning.broadcast(trainer, report)
         self._report["dense"] |= {"metrics": self._dense_metrics, "step": self._dense_step}
@@ -264,7 +264,7 @@ class ProgressivePruning(AdaptiveCallback):
         if self._match is not None:
             checkpoint[CHECKPOINT_KEY] = structures.record(self._match)
 
-    def _prune(self, trainer: Any, pl_module: Any, due: int, progress: float, *, announce: bool = True) -> None:
+    def _prune(self, trainer: Any, pl_module: Any, due: int, progress: float, *, at_end: bool = False) -> None:
         """Brings the structure to where it is to be after the first `due` events."""
         match, pruner, plan = self._match, self._pruner, self.schedule.plan()
         assert match is not None
@@ -284,8 +284,7 @@ class ProgressivePruning(AdaptiveCallback):
         if self.dry_run:
             self._planned = wanted
         else:
-            if announce:
-                self.announce(trainer, "structure")
+            self.announce(trainer, "structure", at_end=at_end)
             with unwrapped(trainer):
                 shrink(match, wanted, trainer.optimizers)
                 for copied in averaged_copies(trainer, pl_module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,15 @@ def save(match: Match, folder: Path) -> None:
     """
     from safetensors.torch import save_model
 
+    (folder / STRUCTURE_FILE).write_text(json.dumps(describe(match), indent=2) + "\n", encoding="utf-8")
+    save_model(match.model, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+
+
+def describe(match: Match) -> dict[str, Any]:
+    """Returns what `rebuild` needs beside the weights: class, config, dtype and structure, as plain Python."""
     config = getattr(match.model, "config", None)
     of_transformers = type(match.model).__module__.startswith("transformers.")
-    described = {
+    return {
         "adaptrain": adaptrain.__version__,
         "class": type(match.model).__name__,
         "dtype": str(next(match.model.parameters()).dtype).removeprefix("torch."),
@@ -39,8 +46,6 @@ def save(match: Match, folder: Path) -> None:
         # Of the dense model. Not in a config.json, which would promise that transformers alone can load this.
         "config": json.loads(config.to_json_string(use_diff=False)) if config is not None and of_transformers else None,
     }
-    (folder / STRUCTURE_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    save_model(match.model, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
 
 
 def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Any:
@@ -67,17 +72,32 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> Any
             f"{folder} is no export with layout='structured': it needs {STRUCTURE_FILE} and {WEIGHTS_FILE}. {hint}"
         )
     described = json.loads((folder / STRUCTURE_FILE).read_text(encoding="utf-8"))
+    built = rebuild(described, where=folder, model=model)
+    load_model(find_family(built).model, str(folder / WEIGHTS_FILE))
+    return built.eval()
+
+
+def rebuild(described: Mapping[str, Any], *, where: Path, model: nn.Module | None = None) -> Any:
+    """Returns a model of the shapes and the dtype that `describe` noted; its weights are yet to be loaded.
+
+    Args:
+        described: What `describe` returned.
+        where: Where it is from, for messages.
+        model: A dense model to give the shapes; None: a new one.
+
+    Raises:
+        ConfigurationError: The class cannot be built here, or `model` is of another architecture.
+    """
     if model is None:
-        model = _build(described, folder)
+        model = _build(described, where)
     model.to(dtype=getattr(torch, described["dtype"]))
     match = find_family(model)
     structures.check_record(match, described["structure"])
     resize(match, structures.copy_of(described["structure"]["layers"]))
-    load_model(match.model, str(folder / WEIGHTS_FILE))
-    return model.eval()
+    return model
 
 
-def _build(described: dict[str, Any], folder: Path) -> nn.Module:
+def _build(described: Mapping[str, Any], folder: Path) -> nn.Module:
     name, config = described["class"], described["config"]
     if config is None:
         raise ConfigurationError(

@@ -22,6 +22,7 @@ _KNOB_LABELS = {
     "global_batch_size": "global batch size",
     "learning_rate": "learning rate (multiplier)",
     "distillation": "distillation (the teacher's share of the loss)",
+    "family": "family (members kept)",
     "wall_clock": "wall clock (steps planned and taken)",
 }
 

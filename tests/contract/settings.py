@@ -103,6 +103,19 @@ SETTINGS = {
             frozenset({"distillation"}),
         ),
         Setting(
+            "FamilyCheckpoint",
+            "family",
+            {"latency_input": (4, 16)},
+            (
+                ({"latency_input": (0, 16)}, "latency_input"),
+                ({"latency_input": {"one": 3}}, "latency_input"),
+                ({"monitor": 7}, "monitor"),
+                ({"monitor": "val/something"}, "val/something"),
+                ({"mode": "best"}, "mode"),
+            ),
+            frozenset({"family"}),
+        ),
+        Setting(
             "ResourceMonitor", "monitor", {"interval_s": 0.05}, (({"interval_s": 0}, "interval_s"),), has_dry_run=False
         ),
         Setting("WallClock", "wall_clock", {"minutes": 60}, (({"minutes": 0}, "minutes"),)),

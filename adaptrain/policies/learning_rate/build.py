@@ -34,8 +34,12 @@ def check_switches(**values: object) -> None:
             raise ConfigurationError(f"LearningRateController: {name} must be one of {listed}; got {value!r}.")
 
 
-def metric_mode(monitor: str) -> Literal["min", "max"]:
+def metric_mode(monitor: str, *, callback: str = "LearningRateController") -> Literal["min", "max"]:
     """Tells by its name whether a lower or a higher value of a metric is better.
+
+    Args:
+        monitor: The metric's name.
+        callback: Who asks, for the message.
 
     Raises:
         ConfigurationError: The name does not tell.
@@ -45,8 +49,7 @@ def metric_mode(monitor: str) -> Literal["min", "max"]:
     if any(word in monitor.lower() for word in _HIGHER_IS_BETTER):
         return "max"
     raise ConfigurationError(
-        f"LearningRateController: whether a lower {monitor!r} is better cannot be told by its name;"
-        " give mode='min' or mode='max'."
+        f"{callback}: whether a lower {monitor!r} is better cannot be told by its name; give mode='min' or mode='max'."
     )
 
 

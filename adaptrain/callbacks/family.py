@@ -1,0 +1,292 @@
+"""Keeps the model of each structural event, so that one pruned run leaves a family of models."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from adaptrain import _lightning
+from adaptrain._lightning.nested import validate_again
+from adaptrain._lightning.structure import forget_compiled
+from adaptrain.callbacks.base import AdaptiveCallback
+from adaptrain.errors import ConfigurationError
+from adaptrain.execution.distillation import is_causal
+from adaptrain.family.measure import measure_costs, shape_key
+from adaptrain.family.metric import choose_metric, finite
+from adaptrain.family.store import FOLDER, TOKENIZER, FamilyStore
+from adaptrain.policies.learning_rate.build import metric_mode
+from adaptrain.pruning import structure as structures
+from adaptrain.pruning.cost import count_params
+from adaptrain.pruning.families import Match, find_family
+from adaptrain.pruning.shape import typical_shape
+from adaptrain.pruning.surgery import resize
+from adaptrain.resources.device import device_name
+
+_log = logging.getLogger(__name__)
+
+_FINAL = "final"
+
+
+class FamilyCheckpoint(AdaptiveCallback):
+    """Keeps the model as it is right before each structural event, and the final one: the members of a `ModelFamily`.
+
+    With `ProgressivePruning` those are the dense model, one after each event but the last, with all the training that
+    it had until the next, and the final one. They lie in `family/` of the run's folder, each written at once and
+    whole; tensors that several of them share are stored once. After training each is validated as the module
+    validates itself, and measured: latency (the members taking turns), FLOPs and peak memory at each of the shapes,
+    parameters and size. `adaptrain.ModelFamily.load(run_dir)` opens them.
+
+    The trained module ends as it would without this callback. A run that was killed goes on with the members that its
+    checkpoint knows of, and takes later ones again.
+
+    Args:
+        latency_input: The (batch, sequence) to measure at, or several by name; the first is what `select` goes by
+            unless told otherwise. None: the loader's batch size and the median of padded lengths (`batch`). One alone
+            is measured with a single sample as well (`single`).
+        monitor: The validation metric that ranks the members; None: an accuracy or its like, else the perplexity, else
+            the loss, whichever the module logs.
+        mode: Whether a lower (`"min"`) or higher (`"max"`) `monitor` is better; `"auto"`: told by its name.
+        folder: Where the members go; None: `family` in the run's folder.
+        dry_run: Record what would be kept, and keep nothing.
+        name: Tells two instances apart in a checkpoint.
+
+    Raises:
+        ConfigurationError: An argument is out of its range; or, before training, the trainer or the model cannot be
+            served, or the model cannot read samples of the shapes.
+    """
+
+    def __init__(
+        self,
+        *,
+        latency_input: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+        monitor: str | None = None,
+        mode: str = "auto",
+        folder: str | os.PathLike[str] | None = None,
+        dry_run: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(dry_run=dry_run, name=name)
+        self.latency_input = None if latency_input is None else _read_shapes(latency_input)
+        if monitor is not None and not (isinstance(monitor, str) and monitor):
+            raise ConfigurationError(f"monitor must name a validation metric, such as val/accuracy, got {monitor!r}.")
+        if mode not in ("auto", "min", "max"):
+            raise ConfigurationError(f"mode must be 'auto', 'min' or 'max', got {mode!r}.")
+        self.monitor = monitor
+        self.mode = metric_mode(monitor, callback="FamilyCheckpoint") if monitor and mode == "auto" else mode
+        self.folder = folder
+        self._reset()
+
+    def _reset(self) -> None:
+        self._match: Match | None = None
+        self._store: FamilyStore | None = None
+        self._names: list[str] = []  # of the members so far
+        self._trained = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Moves behind the other callbacks: members are measured once the trainer is as it was found."""
+        if stage == "fit":
+            self._reset()
+            self.on_exit(_lightning.run_last(trainer, self))
+        super().setup(trainer, pl_module, stage)
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuses, before training, what cannot be kept or measured."""
+        _lightning.refuse_unsupported(trainer, pl_module, callback=type(self).__name__)
+        self._match = find_family(pl_module)
+        for shape in (self.latency_input or {}).values():
+            self._match.example_inputs(*shape)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Makes the family's folder, or goes on with that of the run that is resumed."""
+        assert self._match is not None
+        shapes = self.latency_input or _with_single(typical_shape(trainer.train_dataloader))
+        store = FamilyStore(self.folder or _lightning.run_folder(trainer) / FOLDER)
+        if self.dry_run:
+            return
+        self._store = store
+        if not _lightning.is_rank_zero(trainer):
+            return
+        if _lightning.resume_step(trainer) is None:
+            store.begin()
+            store.write_about(self._about(trainer, pl_module, shapes))
+            tokenizer = _tokenizer(trainer, pl_module)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(store.folder / TOKENIZER))
+        else:
+            store.about()  # refuses a folder that is gone
+            store.keep(self._names)
+
+    def on_before_change(self, trainer: Any, pl_module: Any, knob: str, *, at_end: bool = False) -> None:
+        """Keeps the model while it is as it was trained."""
+        if knob == "structure" and self._match is not None:
+            pruned = sum(name != "dense" for name in self._names)
+            is_dense = structures.current(self._match) == structures.dense(self._match)
+            self._keep(trainer, "dense" if is_dense else f"pruned-{pruned + 1}")
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Notes that training came to its end."""
+        self._trained = True
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """After fit, keeps the final model and measures all members; the others have left the trainer by then."""
+        if stage == "fit" and self._trained and self._match is not None:
+            self._keep(trainer, _FINAL)
+            if self._store is not None:
+                self._validate(trainer, pl_module, self._store)
+                if _lightning.is_rank_zero(trainer):
+                    self._measure(trainer, self._store)
+        super().teardown(trainer, pl_module, stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the names of the members so far."""
+        return {"members": self._names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with them."""
+        self._names = list(state_dict["members"])
+
+    def _about(self, trainer: Any, pl_module: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+        assert self._match is not None
+        config = getattr(self._match.model, "config", None)
+        named = getattr(config, "id2label", None) or {}
+        task = "language_model" if config is not None and is_causal(self._match.model) else "classification"
+        longest = getattr(trainer.datamodule, "max_length", None) or getattr(config, "max_position_embeddings", None)
+        return {
+            "task": task,
+            "labels": [str(named[index]) for index in sorted(named)] if task == "classification" else [],
+            "metric": self.monitor,
+            "mode": self.mode,
+            "max_length": longest or max(length for _, length in shapes.values()),
+            "shapes": {name: list(shape) for name, shape in shapes.items()},
+            "device_type": trainer.strategy.root_device.type,
+        }
+
+    def _keep(self, trainer: Any, name: str) -> None:
+        assert self._match is not None
+        before = len(self._names)
+        if self._store is not None and _lightning.is_rank_zero(trainer):
+            self._store.add(self._match, name=name, step=int(trainer.global_step))
+        self._names = [*(other for other in self._names if other != name), name]
+        self.record(
+            trainer,
+            "family",
+            old=before,
+            new=len(self._names),
+            reason=f"the model of step {trainer.global_step} is kept as member {name!r}",
+            readings={"params": count_params(self._match.model)},
+            offer=False,
+        )
+
+    def _validate(self, trainer: Any, pl_module: Any, store: FamilyStore) -> None:
+        """Validates every member that was not yet, in the live module, which ends as it was."""
+        members = _lightning.broadcast(trainer, store.members() if _lightning.is_rank_zero(trainer) else None)
+        with self._put_back(pl_module):
+            for member in members:
+                if member["metrics"]:
+                    continue
+                self._become(pl_module, store, member)
+                metrics = finite(_lightning.broadcast(trainer, validate_again(trainer, pl_module)))
+                if not metrics:
+                    _log.warning("The module logs no validation metric, so the members of its family are not ranked.")
+                    break
+                member["metrics"] = metrics
+                if _lightning.is_rank_zero(trainer):
+                    store.update(member["name"], metrics=metrics)
+        if _lightning.is_rank_zero(trainer):
+            self._note_metric(store)
+
+    def _note_metric(self, store: FamilyStore) -> None:
+        """Settles which metric ranks the members."""
+        about, metrics = store.about(), store.members()[-1]["metrics"]
+        if self.monitor is not None:
+            if metrics and self.monitor not in metrics:
+                _log.warning(
+                    "FamilyCheckpoint: monitor=%s is not logged by validation; there are: %s. The members are not"
+                    " ranked.",
+                    self.monitor,
+                    ", ".join(sorted(metrics)),
+                )
+            return
+        chosen = choose_metric(metrics)
+        if chosen is not None:
+            store.write_about(about | {"metric": chosen[0], "mode": chosen[1]})
+
+    def _measure(self, trainer: Any, store: FamilyStore) -> None:
+        """Measures all members side by side, where one has not been measured here."""
+        device = trainer.strategy.root_device
+        shapes = [(batch, length) for batch, length in store.about()["shapes"].values()]
+        members, name = store.members(), device_name(device)
+        missing = [shape for shape in shapes if any(shape_key(shape) not in m["costs"].get(name, {}) for m in members)]
+        if not missing:
+            return
+        _log.info("Measuring the %d members of the family.", len(members))
+        build = None if members[0]["config"] is not None else self._match.dense_twin  # type: ignore[union-attr]
+        loaded: dict[Any, Any] = {}
+        models = {
+            member["name"]: store.rebuild(member, device=device, build=build, loaded=loaded) for member in members
+        }
+        for shape in missing:
+            found = measure_costs(models, shape)
+            for member in members:
+                member["costs"].setdefault(name, {})[shape_key(shape)] = found[member["name"]]
+        for member in members:
+            store.update(member["name"], costs=member["costs"])
+
+    def _become(self, pl_module: Any, store: FamilyStore, member: Mapping[str, Any]) -> None:
+        """Gives the live model a member's structure and weights."""
+        assert self._match is not None
+        build = None if member["config"] is not None else self._match.dense_twin
+        weights = store.rebuild(member, build=build).state_dict()
+        _reshape(self._match, pl_module, member["structure"]["layers"], weights)
+
+    @contextlib.contextmanager
+    def _put_back(self, pl_module: Any) -> Iterator[None]:
+        """Puts structure and weights back as they are now."""
+        assert self._match is not None
+        structure = structures.current(self._match)
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in self._match.model.state_dict().items()}
+        modes = {module: module.training for module in pl_module.modules()}
+        try:
+            yield
+        finally:
+            _reshape(self._match, pl_module, structure, weights)
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _reshape(match: Match, pl_module: Any, structure: structures.Structure, weights: Mapping[str, Any]) -> None:
+    if structures.current(match) != structure:
+        resize(match, structures.copy_of(structure))
+        forget_compiled(pl_module)
+    match.model.load_state_dict(weights)
+
+
+def _tokenizer(trainer: Any, pl_module: Any) -> Any | None:
+    for owner in (trainer.datamodule, pl_module):
+        tokenizer = getattr(owner, "tokenizer", None)
+        if hasattr(tokenizer, "save_pretrained"):
+            return tokenizer
+    return None
+
+
+def _with_single(shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    return {"batch": shape, "single": (1, shape[1])} if shape[0] > 1 else {"single": shape}
+
+
+def _read_shapes(given: Sequence[int] | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    named = dict(given) if isinstance(given, Mapping) else {"batch": given}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, shape in named.items():
+        values = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else (shape,)
+        if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+            raise ConfigurationError(
+                f"latency_input must be (batch, sequence), two whole numbers of at least 1, or such by name,"
+                f" got {given!r}."
+            )
+        shapes[str(name)] = values
+    if not shapes:
+        raise ConfigurationError(f"latency_input names no shape: got {given!r}. Give (batch, sequence).")
+    return shapes if isinstance(given, Mapping) else _with_single(shapes["batch"])

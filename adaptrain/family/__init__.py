@@ -1,0 +1,29 @@
+"""The models that one pruned run leaves, from the dense to the smallest. Names are imported when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptrain.family.member import Member as Member
+    from adaptrain.family.member import Prediction as Prediction
+    from adaptrain.family.model_family import ModelFamily as ModelFamily
+
+_NAMES = {
+    "Member": "adaptrain.family.member",
+    "ModelFamily": "adaptrain.family.model_family",
+    "Prediction": "adaptrain.family.member",
+}
+
+__all__ = list(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'adaptrain.family' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,165 @@
+"""Members are kept while the model trains. Also the script of the run that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from adaptrain import ConfigurationError, Distillation, FamilyCheckpoint, ModelFamily
+from adaptrain.callbacks.base import decision_log
+from tests.family.conftest import fit_family, pruning
+from tests.toys import TextModule, language_model_samples, quiet_trainer, text_loader, tiny_llama, weights
+
+pytestmark = [
+    # Tests read and write checkpoints across runs and folders on purpose.
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty.*"),
+]
+
+
+class KillAt(pl.Callback):
+    """SIGKILL, with no chance to clean up, after `step` optimizer steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StopAt(KillAt):
+    """Ends training early."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+def fit_saving(folder: Path, *extra: Any, **settings: Any) -> Any:
+    checkpoint = ModelCheckpoint(dirpath=folder, save_top_k=0, save_last=True, every_n_train_steps=6)
+    callbacks = [FamilyCheckpoint(), pruning(), checkpoint, *extra]
+    return fit_family(folder, callbacks, enable_checkpointing=True, **settings)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("run")
+    _, module = fit_family(folder, [FamilyCheckpoint(), pruning()])
+    return folder, module
+
+
+def test_training_ends_as_without_it(run, tmp_path):
+    _, plain = fit_family(tmp_path, [pruning()])
+    assert torch.equal(weights(run[1]), weights(plain))
+
+
+def test_killed_and_resumed_leaves_the_same_family(run, tmp_path):
+    # Killed after the second member was taken, at step 17; the checkpoint of step 12 knows of the first.
+    done = subprocess.run([sys.executable, "-m", __name__, str(tmp_path)], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert [member.name for member in ModelFamily.load(tmp_path)] == ["dense", "pruned-1"]
+    fit_saving(tmp_path, ckpt_path=str(tmp_path / "last.ckpt"))
+    resumed, whole = ModelFamily.load(tmp_path), ModelFamily.load(run[0])
+    assert [(each.name, each.step) for each in resumed] == [(each.name, each.step) for each in whole]
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert torch.equal(weights(ours.model()), weights(theirs.model()))
+        assert ours.metrics == theirs.metrics
+
+
+def test_a_resumed_run_whose_members_are_gone_is_refused(tmp_path):
+    fit_saving(tmp_path, max_epochs=2)
+    (tmp_path / "family" / "dense.json").unlink()
+    with pytest.raises(ConfigurationError, match="members dense of its family"):
+        fit_saving(tmp_path, ckpt_path=str(tmp_path / "last.ckpt"))
+
+
+def test_what_training_ended_too_early_for_is_kept_as_well(tmp_path):
+    early = pruning(schedule={"begin": 0.9, "end": 0.95, "events": 1})
+    trainer, _ = fit_family(tmp_path, [FamilyCheckpoint(), Distillation(), early, StopAt(9)])
+    names = [member.name for member in ModelFamily.load(tmp_path)]
+    assert names == ["dense", "final"]
+    knobs = [decision.knob for decision in decision_log(trainer)]
+    assert "distillation" not in knobs  # no step was left for the teacher
+
+
+def test_without_structural_events_there_is_the_final_one(tmp_path):
+    trainer, module = fit_family(tmp_path, [FamilyCheckpoint(latency_input={"one": (1, 8)}, monitor="val/loss")])
+    family = ModelFamily.load(tmp_path)
+    assert [member.name for member in family] == ["final"]
+    assert (family.metric, family.mode, family.shapes) == ("val/loss", "min", {"one": (1, 8)})
+    assert family["final"].metric == pytest.approx(float(trainer.callback_metrics["val/loss"]))
+    (decision,) = decision_log(trainer)
+    assert (decision.knob, decision.new) == ("family", 1)
+    assert decision.readings["params"] == family["final"].params == len(weights(module))
+
+
+def test_a_dry_run_leaves_no_folder(tmp_path):
+    trainer, _ = fit_family(tmp_path, [FamilyCheckpoint(dry_run=True), pruning()])
+    assert not (tmp_path / "family").exists()
+    kept = [decision for decision in decision_log(trainer) if decision.knob == "family"]
+    assert [decision.new for decision in kept] == [1, 2, 3]
+    assert not any(decision.applied for decision in kept)
+
+
+def test_a_metric_that_is_not_logged_is_told(tmp_path, caplog):
+    fit_family(tmp_path, [FamilyCheckpoint(monitor="val/f1")])
+    assert "monitor=val/f1 is not logged by validation; there are: val/accuracy, val/loss" in caplog.text
+    assert ModelFamily.load(tmp_path).select().name == "final"
+
+
+def test_a_module_without_validation_is_not_ranked(tmp_path, caplog):
+    trainer = quiet_trainer(tmp_path, callbacks=[FamilyCheckpoint(), pruning()], max_epochs=4)
+    trainer.fit(TextModule(), text_loader())
+    assert "logs no validation metric" in caplog.text
+    family = ModelFamily.load(tmp_path)
+    assert family.select().name == "dense"  # the largest, for want of better knowledge
+    assert family.metric is None
+
+
+def test_trainer_and_module_are_left_as_they_were(tmp_path):
+    callbacks = [FamilyCheckpoint(), pruning()]
+    trainer, module = fit_family(tmp_path, callbacks)
+    assert trainer.callbacks[:2] == callbacks
+    assert module.trainer is trainer
+    assert "configure_callbacks" not in vars(module)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")  # optimizer state and weights fit together
+    saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
+    assert len(weights(module)) == ModelFamily.load(tmp_path)["final"].params
+    assert sum(value.numel() for value in saved["state_dict"].values()) >= len(weights(module))
+
+
+def test_language_models_have_families_too(tmp_path):
+    class Module(TextModule):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/perplexity", self.model(**batch).loss.exp())
+
+    loader = text_loader(language_model_samples())
+    trainer = quiet_trainer(tmp_path, callbacks=[FamilyCheckpoint(), pruning()], max_epochs=4)
+    torch.manual_seed(0)
+    trainer.fit(Module(tiny_llama()), loader, text_loader(language_model_samples(16, seed=2)))
+    family = ModelFamily.load(tmp_path)
+    assert (family.task, family.metric, family.mode) == ("language_model", "val/perplexity", "min")
+    assert family.select() is min(family, key=lambda member: member.metric)
+
+
+def test_shapes_the_model_cannot_read_are_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="reads at most 64 tokens, but 65"):
+        fit_family(tmp_path, [FamilyCheckpoint(latency_input=(1, 65))])
+    assert not (tmp_path / "family").exists()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    where = Path(sys.argv[1])
+    fit_saving(where, KillAt(17))
+    raise SystemExit("was not killed")
