@@ -2,6 +2,7 @@
 
 python scripts/predict.py --run runs/model_family/2026-01-31_12-00-00 --table
 python scripts/predict.py --run runs/model_family/2026-01-31_12-00-00 --latency-ms 20 texts.txt
+python scripts/predict.py --run runs/model_family/2026-01-31_12-00-00 --cascade 0.5 < texts.txt
 echo "import os" | python scripts/predict.py --run runs/model_family/2026-01-31_12-00-00 --member dense --json
 
 Texts come one a line, from a file, from standard input, or with --text. Out comes one line for each, in their order:
@@ -28,6 +29,7 @@ from typing import Any
 from adaptrain.errors import ConfigurationError
 
 CHUNK = 1024  # texts that are read, sorted by length and answered together
+BATCH = 32
 LONG = 200  # texts from which on there is a progress bar
 LIMITS = ("latency_ms", "memory_mib", "params_m", "metric_at_least")
 
@@ -60,6 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--table", action="store_true", help="print the members and what they cost, and answer nothing")
     chosen = parser.add_argument_group("which member answers")
     chosen.add_argument("--member", metavar="NAME", help="this one")
+    chosen.add_argument(
+        "--cascade",
+        type=float,
+        metavar="COST",
+        help="a small one, and a larger one where that is unsure, in this fraction of the larger one's time",
+    )
     chosen.add_argument("--latency-ms", type=float, metavar="MS", help="at most, for a forward pass")
     chosen.add_argument("--memory-mib", type=float, metavar="MIB", help="at most, weights and tensors of a pass")
     chosen.add_argument("--params-m", type=float, metavar="M", help="at most, millions of parameters")
@@ -74,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(given: argparse.Namespace) -> None:
     """Answers, or prints the table."""
     limits = {name: getattr(given, name) for name in LIMITS if getattr(given, name) is not None}
-    if given.member is not None and limits:
-        raise ConfigurationError("--member names one; leave the limits out, or let them choose.")
+    if (given.member is not None) + (given.cascade is not None) + bool(limits) > 1:
+        raise ConfigurationError("--member, --cascade and limits each say who answers: give one of the three.")
     source = Path(given.file)
     if given.text is None and given.file != "-" and not source.is_file():
         raise ConfigurationError(f"There is no file {source}. Give a text a line, or --text TEXT.")
@@ -87,10 +95,15 @@ def run(given: argparse.Namespace) -> None:
     if given.table:
         print_report(family.table(batch_size=given.batch_size))
         return
-    member = family[given.member] if given.member is not None else family.select(**limits, batch_size=given.batch_size)
-    print(f"answering: {member!r}", file=sys.stderr)
+    if given.cascade is not None:
+        answering = family.cascade(given.cascade, batch_size=given.batch_size or BATCH)
+        print(f"answering: {answering!r}\n{answering.report}", file=sys.stderr)
+    else:
+        limits["batch_size"] = given.batch_size
+        answering = family.select(**limits) if given.member is None else family[given.member]
+        print(f"answering: {answering!r}", file=sys.stderr)
     with texts_of(given) as (texts, total):
-        answer(member, texts, total, given)
+        answer(answering, texts, total, given)
 
 
 @contextlib.contextmanager
@@ -115,7 +128,7 @@ def answer(model: Any, texts: Iterable[str], total: int | None, given: argparse.
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     typed = given.text is None and given.file == "-" and sys.stdin.isatty()
-    options = {"batch_size": given.batch_size or 32, "max_new_tokens": given.max_new_tokens}
+    options = {"batch_size": given.batch_size or BATCH, "max_new_tokens": given.max_new_tokens}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=typed) as bar:
         task = bar.add_task("texts", total=total, visible=total is not None and total >= LONG)
