@@ -14,6 +14,7 @@ from adaptrain._lightning.structure import forget_compiled
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.distillation import is_causal
+from adaptrain.family import samples
 from adaptrain.family.measure import measure_costs, shape_key
 from adaptrain.family.metric import choose_metric, finite
 from adaptrain.family.store import FOLDER, TOKENIZER, FamilyStore
@@ -49,6 +50,8 @@ class FamilyCheckpoint(AdaptiveCallback):
         monitor: The validation metric that ranks the members; None: an accuracy or its like, else the perplexity, else
             the loss, whichever the module logs.
         mode: Whether a lower (`"min"`) or higher (`"max"`) `monitor` is better; `"auto"`: told by its name.
+        validation_samples: How many validation samples to keep with the family, tokens and labels, so that a cascade
+            can be chosen on them later; of classifiers only, 0: none.
         folder: Where the members go; None: `family` in the run's folder.
         dry_run: Record what would be kept, and keep nothing.
         name: Tells two instances apart in a checkpoint.
@@ -64,6 +67,7 @@ class FamilyCheckpoint(AdaptiveCallback):
         latency_input: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         monitor: str | None = None,
         mode: str = "auto",
+        validation_samples: int = 2000,
         folder: str | os.PathLike[str] | None = None,
         dry_run: bool = False,
         name: str | None = None,
@@ -74,6 +78,11 @@ class FamilyCheckpoint(AdaptiveCallback):
             raise ConfigurationError(f"monitor must name a validation metric, such as val/accuracy, got {monitor!r}.")
         if mode not in ("auto", "min", "max"):
             raise ConfigurationError(f"mode must be 'auto', 'min' or 'max', got {mode!r}.")
+        if isinstance(validation_samples, bool) or not isinstance(validation_samples, int) or validation_samples < 0:
+            raise ConfigurationError(
+                f"validation_samples must be a whole number of at least 0, got {validation_samples!r}."
+            )
+        self.validation_samples = validation_samples
         self.monitor = monitor
         self.mode = metric_mode(monitor, callback="FamilyCheckpoint") if monitor and mode == "auto" else mode
         self.folder = folder
@@ -138,6 +147,7 @@ class FamilyCheckpoint(AdaptiveCallback):
                 self._validate(trainer, pl_module, self._store)
                 if _lightning.is_rank_zero(trainer):
                     self._measure(trainer, self._store)
+                    self._keep_samples(trainer, self._store)
         super().teardown(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,6 +244,15 @@ class FamilyCheckpoint(AdaptiveCallback):
                 member["costs"].setdefault(name, {})[shape_key(shape)] = found[member["name"]]
         for member in members:
             store.update(member["name"], costs=member["costs"])
+
+    def _keep_samples(self, trainer: Any, store: FamilyStore) -> None:
+        loaders = trainer.val_dataloaders
+        loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
+        if not self.validation_samples or loader is None or store.about()["task"] == "language_model":
+            return
+        found = samples.gather(loader, self.validation_samples)
+        if found is not None:
+            samples.save(found, store.folder)
 
     def _become(self, pl_module: Any, store: FamilyStore, member: Mapping[str, Any]) -> None:
         """Gives the live model a member's structure and weights."""

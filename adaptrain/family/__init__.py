@@ -6,11 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaptrain.family.cascade import Cascade as Cascade
+    from adaptrain.family.cascade import CascadeReport as CascadeReport
     from adaptrain.family.member import Member as Member
     from adaptrain.family.member import Prediction as Prediction
     from adaptrain.family.model_family import ModelFamily as ModelFamily
 
 _NAMES = {
+    "Cascade": "adaptrain.family.cascade",
+    "CascadeReport": "adaptrain.family.cascade",
     "Member": "adaptrain.family.member",
     "ModelFamily": "adaptrain.family.model_family",
     "Prediction": "adaptrain.family.member",

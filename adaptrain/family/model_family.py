@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,6 +19,9 @@ from adaptrain.family.member import Member
 from adaptrain.family.select import Candidate, select
 from adaptrain.family.store import FOLDER, TOKENIZER, FamilyStore
 from adaptrain.resources.device import device_name, read_device
+
+if TYPE_CHECKING:
+    from adaptrain.family.cascade import Cascade
 
 _log = logging.getLogger(__name__)
 
@@ -230,6 +233,50 @@ class ModelFamily:
         costs = {s: self.measure(batch_size=s[0], sequence_length=s[1], device=device) for s in shapes}
         return FamilyTable(self, costs, device_name(self.device if device is None else read_device(device)))
 
+    def cascade(
+        self,
+        cost: float | None = None,
+        *,
+        accuracy: float | None = None,
+        small: str | None = None,
+        large: str | None = None,
+        batch_size: int = 32,
+        device: str | torch.device | None = None,
+        data: tuple[Sequence[str], Sequence[str]] | None = None,
+        again: bool = False,
+    ) -> Cascade:
+        """Returns a small member that answers, and asks a larger one where it is unsure.
+
+        The large member is the best by validation; the small one that of the faster members which gives the best
+        accuracy at the cost, or the least cost at the accuracy. Temperatures and the threshold are chosen on one half
+        of the validation samples that the run kept; on the other half the cascade is judged and timed beside its two
+        members (`cascade.report`). What comes of it is kept with the family.
+
+            cascade = family.cascade(cost=0.5)
+            print(cascade.report)
+            cascade.predict(["a text", "another one"])
+
+        Args:
+            cost: The time it may take, as a fraction of the large member's, above 0; 0.5 where `accuracy` is not given.
+            accuracy: Instead of a cost: the accuracy to reach on validation, in (0, 1], at the least cost.
+            small: The member that answers first; None: chosen.
+            large: The member that is asked where the first is unsure; None: the best.
+            batch_size: Texts at once.
+            device: Where; None: the family's device.
+            data: Texts and their labels to choose and judge on; None: validation samples of the run.
+            again: Choose and measure even if it was done before.
+
+        Raises:
+            ConfigurationError: An argument is out of its range, there are no labelled samples, no cascade can meet
+                what is asked (it says by how much), or the best member is the fastest as well.
+        """
+        from adaptrain.family.cascade_request import CascadeRequest
+
+        self._shape(batch_size, None)
+        request = CascadeRequest(cost=cost, accuracy=accuracy, small=small, large=large, batch_size=batch_size)
+        where = self.device if device is None else read_device(device)
+        return request.serve(self, where, data=data, again=again)
+
     def rebuild(self, known: Mapping[str, Any], device: str | torch.device, *, share: bool) -> Any:
         """Returns the model of a member; see `Member.model`."""
         loaded = self._loaded if share else None
@@ -255,6 +302,8 @@ class ModelFamily:
     @property
     def pad_id(self) -> int:
         """The id that batches are padded with."""
+        if not (self.folder / TOKENIZER).is_dir():
+            return 0  # what is padded is masked
         tokenizer = self.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
@@ -273,6 +322,11 @@ class ModelFamily:
         else:
             found = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
         return [torch.tensor(ids) for ids in found]
+
+    @property
+    def fingerprint(self) -> list[list[str]]:
+        """Every weight of every member, told by its content."""
+        return [[place["hash"] for place in member._known["weights"].values()] for member in self.members]
 
     def _shape(self, batch_size: int | None, sequence_length: int | None) -> tuple[int, int]:
         default = next(iter(self.shapes.values()))

@@ -11,12 +11,13 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
+from adaptrain.family.measure import shape_key
 from adaptrain.report.content import metric_text, significant
 
 if TYPE_CHECKING:
     from adaptrain.family.model_family import ModelFamily
 
-_WIDTH = 110
+_WIDTH = 100
 
 
 class FamilyTable:
@@ -40,7 +41,7 @@ class FamilyTable:
         for row in self.rows():
             table.add_row(*map(Text, row))
         yield table
-        yield Text(f"Latency and memory: one forward pass on {self.device}.", style="dim")
+        yield Text(f"One forward pass, samples x tokens, on {self.device}.", style="dim")
 
     def __str__(self) -> str:
         out = StringIO()
@@ -50,11 +51,11 @@ class FamilyTable:
     def columns(self) -> list[str]:
         """The head of each column."""
         split, _, short = (self.family.metric or "").rpartition("/")
-        metric = [f"{short} ({split})" if split else short] if short else []
-        shapes = [f"{batch} x {length}" for batch, length in self.costs]
-        costs = [f"{name} {shapes[0]}" for name in ("FLOPs", "memory")]
-        costs += [f"latency {shape}" for shape in shapes]
-        return ["member", "step", *metric, "parameters", "on disk", *costs]
+        metric = [f"{short}\n({split})" if split else short] if short else []
+        shapes = [shape_key(shape) for shape in self.costs]
+        costs = [f"{name}\n{shapes[0]}" for name in ("FLOPs", "memory")]
+        costs += [f"latency\n{shape}" for shape in shapes]
+        return ["member", "step", *metric, "parameters", "size", *costs]
 
     def rows(self) -> list[list[str]]:
         """The cells of each member."""

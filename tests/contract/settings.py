@@ -112,6 +112,7 @@ SETTINGS = {
                 ({"monitor": 7}, "monitor"),
                 ({"monitor": "val/something"}, "val/something"),
                 ({"mode": "best"}, "mode"),
+                ({"validation_samples": -1}, "validation_samples"),
             ),
             frozenset({"family"}),
         ),

@@ -1,0 +1,258 @@
+"""A small member answers, and a larger one where the small one is unsure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adaptrain.family.calibration import calibration_error
+from adaptrain.family.member import Member, Prediction, Progress, class_logits, prediction
+from adaptrain.family.samples import Samples
+
+if TYPE_CHECKING:
+    from adaptrain.family.model_family import ModelFamily
+
+_TURNS = 3
+_TURN_S = 10.0  # a turn that takes longer is not repeated
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeReport:
+    """What a cascade came to on samples that it was not chosen on.
+
+    Args:
+        small: The member that answers first.
+        large: The member that is asked where the first is unsure.
+        threshold: The calibrated confidence below which it is asked.
+        temperatures: Of the logits of both, by member.
+        metric: The accuracy of the cascade, in [0, 1].
+        small_metric: Of the small member alone.
+        large_metric: Of the large member alone.
+        escalated: The share of samples that the large member was asked.
+        throughput: Samples per second, measured; batches and padding counted in, tokenizing not.
+        small_throughput: Of the small member alone, in turns with the cascade.
+        large_throughput: Of the large member alone, in turns with the cascade.
+        calibration_error: Expected calibration error of the small member's confidence, with its temperature.
+        uncalibrated_error: The same without.
+        chosen_on: Samples that temperatures and threshold were chosen on.
+        judged_on: Other samples, that all of the above is of.
+        batch_size: Samples at once.
+        device: Where.
+    """
+
+    small: str
+    large: str
+    threshold: float
+    temperatures: dict[str, float]
+    metric: float
+    small_metric: float
+    large_metric: float
+    escalated: float
+    throughput: float
+    small_throughput: float
+    large_throughput: float
+    calibration_error: float
+    uncalibrated_error: float
+    chosen_on: int
+    judged_on: int
+    batch_size: int
+    device: str
+
+    @property
+    def cost(self) -> float:
+        """The time of the cascade, as a fraction of the large member's alone."""
+        return self.large_throughput / self.throughput
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy, from the number of samples it was judged on."""
+        return math.sqrt(self.metric * (1 - self.metric) / self.judged_on)
+
+    def asdict(self) -> dict[str, Any]:
+        """Returns all of it as plain Python; an infinite threshold, which escalates all, is None."""
+        plain = asdict(self) | {"cost": self.cost, "standard_error": self.standard_error}
+        return plain | {"threshold": None if math.isinf(self.threshold) else self.threshold}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> CascadeReport:
+        """Returns what `asdict` was of."""
+        values: dict[str, Any] = {k: value for k, value in plain.items() if k not in ("cost", "standard_error")}
+        values["threshold"] = math.inf if plain["threshold"] is None else plain["threshold"]
+        return cls(**values)
+
+    def __str__(self) -> str:
+        def row(name: str, accuracy: float, throughput: float) -> str:
+            speed = throughput / self.large_throughput
+            return f"  {name:<24} accuracy {100 * accuracy:5.1f}%   {throughput:8.1f} samples/s   {speed:5.2f}x"
+
+        error = f"{100 * self.uncalibrated_error:.1f} → {100 * self.calibration_error:.1f} points"
+        return "\n".join(
+            (
+                row(f"{self.small} alone", self.small_metric, self.small_throughput),
+                row("cascade", self.metric, self.throughput),
+                row(f"{self.large} alone", self.large_metric, self.large_throughput),
+                f"  {100 * self.escalated:.1f}% of samples escalated, below a confidence of {self.threshold:.3f};"
+                f" cost {self.cost:.2f} of {self.large}",
+                f"  temperature {self.temperatures[self.small]:.2f}, calibration error {error}",
+                f"  judged on {self.judged_on} validation samples (accuracy ± {100 * self.standard_error:.1f} points,"
+                f" standard error), chosen on {self.chosen_on} others; {self.batch_size} at once on {self.device}",
+            )
+        )
+
+
+class Cascade:
+    """Answers with a small member, and asks a larger one where the small one's confidence is below a threshold.
+
+    The small member sees all texts first; those that it is unsure of are gathered and go to the large one in full
+    batches. Confidence is the largest probability at a temperature (Guo et al. 2017).
+
+    Args:
+        family: The family.
+        small: The member that answers first.
+        large: The member that is asked where the first is unsure.
+        threshold: The confidence below which it is asked.
+        temperatures: Of the logits of both, by member.
+        device: Where.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        small: Member,
+        large: Member,
+        *,
+        threshold: float,
+        temperatures: Mapping[str, float],
+        device: str | torch.device | None = None,
+    ) -> None:
+        self._family = family
+        self.small, self.large = small, large
+        self.threshold = threshold
+        self.temperatures = dict(temperatures)
+        self.device = family.device if device is None else torch.device(device)
+        self.report: CascadeReport | None = None
+
+    def __repr__(self) -> str:
+        return f"Cascade({self.small.name!r} → {self.large.name!r}, threshold={self.threshold:.4g})"
+
+    def predict(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = 32,
+        progress: Progress | None = None,
+        **_: Any,
+    ) -> list[Prediction]:
+        """Returns the label of each text, in their order; `member` says who answered.
+
+        Args:
+            texts: The texts; one alone may be given as it is.
+            batch_size: Texts at once.
+            progress: Told how many more texts are done.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return []
+        probabilities, asked = self.classify(self._family.encode(texts), batch_size=batch_size, progress=progress)
+        return [
+            prediction(row, self._family.labels, self.large.name if escalated else self.small.name)
+            for row, escalated in zip(probabilities, asked.tolist(), strict=True)
+        ]
+
+    def classify(
+        self, ids: Sequence[Tensor], *, batch_size: int = 32, progress: Progress | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the calibrated probabilities, shape (samples, classes), and who was escalated, shape (samples,).
+
+        Args:
+            ids: The token ids of each sample.
+            batch_size: Samples at once.
+            progress: Told how many more samples are done.
+        """
+        pad_id = self._family.pad_id
+        small = self.small.model(self.device)
+        probabilities = self._probabilities(self.small, class_logits(small, ids, pad_id, batch_size=batch_size))
+        asked = probabilities.max(-1).values < self.threshold
+        if progress is not None:
+            progress(int((~asked).sum()))
+        places = asked.nonzero()[:, 0]
+        if len(places):
+            large = self.large.model(self.device)
+            chosen = [ids[place] for place in places.tolist()]
+            logits = class_logits(large, chosen, pad_id, batch_size=batch_size, progress=progress)
+            probabilities[places] = self._probabilities(self.large, logits)
+        return probabilities, asked
+
+    def _probabilities(self, member: Member, logits: Tensor) -> Tensor:
+        return (logits / self.temperatures[member.name]).softmax(-1)
+
+
+def judge(cascade: Cascade, samples: Samples, *, batch_size: int, chosen_on: int, device: str) -> CascadeReport:
+    """Measures a cascade beside its two members on samples that it was not chosen on.
+
+    The three take turns; of each the median over the faster half of its turns counts.
+    """
+    family, ids = cascade._family, samples.ids
+
+    def alone(member: Member) -> Callable[[], Tensor]:
+        model = member.model(cascade.device)
+        return lambda: class_logits(model, ids, family.pad_id, batch_size=batch_size)
+
+    runs: dict[str, Callable[[], Any]] = {
+        "small": alone(cascade.small),
+        "cascade": lambda: cascade.classify(ids, batch_size=batch_size),
+        "large": alone(cascade.large),
+    }
+    results, seconds = in_turns(runs, cascade.device)
+    probabilities, asked = results["cascade"]
+    logits = results["small"]
+    calibrated = (logits / cascade.temperatures[cascade.small.name]).softmax(-1)
+    return CascadeReport(
+        small=cascade.small.name,
+        large=cascade.large.name,
+        threshold=cascade.threshold,
+        temperatures=cascade.temperatures,
+        metric=_accuracy(probabilities, samples.labels),
+        small_metric=_accuracy(logits, samples.labels),
+        large_metric=_accuracy(results["large"], samples.labels),
+        escalated=float(asked.float().mean()),
+        throughput=len(samples) / seconds["cascade"],
+        small_throughput=len(samples) / seconds["small"],
+        large_throughput=len(samples) / seconds["large"],
+        calibration_error=calibration_error(calibrated, samples.labels),
+        uncalibrated_error=calibration_error(logits.softmax(-1), samples.labels),
+        chosen_on=chosen_on,
+        judged_on=len(samples),
+        batch_size=batch_size,
+        device=device,
+    )
+
+
+def in_turns(runs: Mapping[str, Callable[[], Any]], device: torch.device) -> tuple[dict[str, Any], dict[str, float]]:
+    """Returns what functions return, and the seconds each takes: the functions take turns, after a warm-up of one."""
+    results: dict[str, Any] = {}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    runs[names[0]]()
+    for turn in range(_TURNS):
+        for position in range(len(names)):
+            name = names[(turn + position) % len(names)]
+            began = time.perf_counter()
+            results[name] = runs[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append(time.perf_counter() - began)
+        if sum(each[-1] for each in times.values()) > _TURN_S:
+            break
+    return results, {name: statistics.median(sorted(each)[: (len(each) + 1) // 2]) for name, each in times.items()}
+
+
+def _accuracy(scores: Tensor, labels: Tensor) -> float:
+    return float((scores.argmax(-1) == labels).float().mean())

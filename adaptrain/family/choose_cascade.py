@@ -1,0 +1,193 @@
+"""Which two members make the best cascade, and from which confidence on the small one answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adaptrain.errors import ConfigurationError
+from adaptrain.family.calibration import fit_temperature
+from adaptrain.family.cascade import Cascade, in_turns, judge
+from adaptrain.family.member import Member, class_logits
+from adaptrain.family.samples import Samples
+from adaptrain.policies.cascade import accuracy_at, threshold_for_accuracy, threshold_for_share
+
+if TYPE_CHECKING:
+    from adaptrain.family.model_family import ModelFamily
+
+_AIM = 0.98  # of a cost: what noise may take away again
+_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one member says of the samples that are chosen on."""
+
+    member: Member
+    temperature: float
+    confidences: list[float]
+    right: list[bool]
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.right) / len(self.right)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A cascade that meets what was asked, as expected from its members."""
+
+    small: _Seen
+    large: _Seen
+    threshold: float
+    cost: float
+    accuracy: float
+
+
+def choose(
+    family: ModelFamily,
+    samples: Samples,
+    *,
+    cost: float | None,
+    accuracy: float | None,
+    small: str | None,
+    large: str | None,
+    batch_size: int,
+    device: torch.device,
+    device_name: str,
+) -> Cascade:
+    """Chooses on one half of the samples and judges on the other; see `ModelFamily.cascade` for what is raised."""
+    first, second = samples.halves()
+    chosen_on, judged_on = samples.pick(first), samples.pick(second)
+    seen = _look(family, chosen_on, batch_size, device)
+    best = _named(family, seen, large) if large is not None else _best(family, seen)
+    smaller = [each for each in seen if each.seconds < best.seconds and each is not best]
+    if small is not None:
+        smaller = [_named(family, seen, small)]
+        if smaller[0].seconds >= best.seconds:
+            raise ConfigurationError(
+                f"The member {small!r} takes {1e3 * smaller[0].seconds / len(chosen_on):.3g} ms a sample, and"
+                f" {best.member.name!r} {1e3 * best.seconds / len(chosen_on):.3g} ms: a cascade begins with the faster"
+                " one."
+            )
+    if not smaller:
+        raise ConfigurationError(
+            f"The member {best.member.name!r}, of the best {family.metric or 'accuracy'}, is the fastest as well, so a"
+            " cascade can save nothing: use it alone. Members that are larger have to be better to be worth asking;"
+            " FamilyCheckpoint(recovery_steps=...) finishes their training. Or name one: large=..."
+        )
+    plans = [plan for each in smaller if (plan := _plan(each, best, cost, accuracy)) is not None]
+    if not plans:
+        raise ConfigurationError(_why_not(smaller, best, cost, accuracy))
+    plan = (
+        max(plans, key=lambda each: (each.accuracy, -each.cost))
+        if accuracy is None
+        else min(plans, key=lambda each: each.cost)
+    )
+    cascade = Cascade(
+        family,
+        plan.small.member,
+        plan.large.member,
+        threshold=plan.threshold,
+        temperatures={each.member.name: each.temperature for each in (plan.small, plan.large)},
+        device=device,
+    )
+    if cost is not None:
+        _correct(cascade, plan, chosen_on, cost, batch_size)
+    cascade.report = judge(cascade, judged_on, batch_size=batch_size, chosen_on=len(chosen_on), device=device_name)
+    return cascade
+
+
+def _look(family: ModelFamily, samples: Samples, batch_size: int, device: torch.device) -> list[_Seen]:
+    """Lets every member answer, in turns."""
+    models = {member.name: member.model(device) for member in family.members}
+
+    def answer(model: Any) -> Any:
+        return lambda: class_logits(model, samples.ids, family.pad_id, batch_size=batch_size)
+
+    logits, seconds = in_turns({name: answer(model) for name, model in models.items()}, device)
+    seen = []
+    for member in family.members:
+        own: Tensor = logits[member.name]
+        temperature = fit_temperature(own, samples.labels)
+        confidences, answers = (own / temperature).softmax(-1).max(-1)
+        right = (answers == samples.labels).tolist()
+        seen.append(_Seen(member, temperature, confidences.tolist(), right, seconds[member.name]))
+    return seen
+
+
+def _named(family: ModelFamily, seen: list[_Seen], name: str) -> _Seen:
+    member = family[name]
+    return next(each for each in seen if each.member is member)
+
+
+def _best(family: ModelFamily, seen: list[_Seen]) -> _Seen:
+    """The member of the best accuracy; the family's own metric is of more samples where it is one."""
+    by_metric = "acc" in (family.metric or "").lower() and all(each.member.metric is not None for each in seen)
+    return max(seen, key=lambda each: (each.member.metric if by_metric else each.accuracy, -each.seconds))
+
+
+def _plan(small: _Seen, large: _Seen, cost: float | None, accuracy: float | None) -> _Plan | None:
+    base = small.seconds / large.seconds
+    if cost is not None:
+        share = cost * _AIM - base
+        if share < 0:
+            return None
+        threshold = threshold_for_share(small.confidences, share)
+    else:
+        assert accuracy is not None
+        answer = threshold_for_accuracy(small.confidences, small.right, large.right, accuracy)
+        if answer is None:
+            return None
+        threshold = answer[0]
+    escalated = sum(confidence < threshold for confidence in small.confidences) / len(small.confidences)
+    reached = accuracy_at(small.confidences, small.right, large.right, threshold)
+    return _Plan(small, large, threshold, base + escalated, reached)
+
+
+def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch_size: int) -> None:
+    """Measures the cascade, and lowers its threshold until the measured cost is what was asked.
+
+    Samples that the small model is unsure of may be longer than others, and batches not full: sums do not tell.
+    """
+    family = cascade._family
+    large = cascade.large.model(cascade.device)
+    share = cost * _AIM - plan.small.seconds / plan.large.seconds
+    for _ in range(_ROUNDS):
+        _, seconds = in_turns(
+            {
+                "cascade": lambda: cascade.classify(samples.ids, batch_size=batch_size),
+                "large": lambda: class_logits(large, samples.ids, family.pad_id, batch_size=batch_size),
+            },
+            cascade.device,
+        )
+        over = seconds["cascade"] / seconds["large"] - cost
+        if over <= 0 or share <= 0:
+            return
+        share = max(0.0, share - over - (1 - _AIM) * cost)
+        cascade.threshold = threshold_for_share(plan.small.confidences, share)
+
+
+def _why_not(smaller: list[_Seen], large: _Seen, cost: float | None, accuracy: float | None) -> str:
+    if cost is not None:
+        fastest = min(smaller, key=lambda each: each.seconds)
+        least = fastest.seconds / large.seconds
+        return (
+            f"cost={cost:g} cannot be met: {fastest.member.name!r} alone, which sees every sample, takes {least:.2f} of"
+            f" the time of {large.member.name!r}, {least - cost:.2g} too much. Raise the cost, or prune further."
+        )
+    assert accuracy is not None
+    reached = max(
+        accuracy_at(small.confidences, small.right, large.right, threshold)
+        for small in smaller
+        for threshold in (*small.confidences, math.inf)
+    )
+    return (
+        f"accuracy={accuracy:g} cannot be met: the best that a cascade reaches on validation is {reached:.4g},"
+        f" {accuracy - reached:.2g} short. Lower the demand."
+    )
