@@ -16,7 +16,8 @@ from adaptrain.errors import ConfigurationError
 from adaptrain.execution.distillation import DistillationLoss
 from adaptrain.execution.logit_cache import LogitCache
 from adaptrain.pruning.cost import count_params
-from adaptrain.pruning.families import Match, find_family
+from adaptrain.pruning.families import find_family
+from adaptrain.pruning.family import Match
 from adaptrain.pruning.teacher import (
     check_teacher,
     copy_teacher,

@@ -21,7 +21,8 @@ from adaptrain.family.store import FOLDER, TOKENIZER, FamilyStore
 from adaptrain.policies.learning_rate.build import metric_mode
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost import count_params
-from adaptrain.pruning.families import Match, find_family
+from adaptrain.pruning.families import find_family
+from adaptrain.pruning.family import Match
 from adaptrain.pruning.shape import typical_shape
 from adaptrain.pruning.surgery import resize
 from adaptrain.resources.device import device_name

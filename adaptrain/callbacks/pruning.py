@@ -20,7 +20,8 @@ from adaptrain.policies.sparsity import read_schedule
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
 from adaptrain.pruning.events import describe_event
-from adaptrain.pruning.families import KINDS, Match, find_family
+from adaptrain.pruning.families import find_family
+from adaptrain.pruning.family import KINDS, Match
 from adaptrain.pruning.importance import Scorer, Scores
 from adaptrain.pruning.optimizer_state import skip_empty
 from adaptrain.pruning.plain import uniform_kinds

@@ -18,7 +18,8 @@ from adaptrain.policies.sparsity import read_schedule
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost_table import with_structure
-from adaptrain.pruning.families import Match, find_family
+from adaptrain.pruning.families import find_family
+from adaptrain.pruning.family import Match
 from adaptrain.pruning.shape import typical_shape
 from adaptrain.pruning.weight_masks import (
     masked_projections,

@@ -17,7 +17,8 @@ from adaptrain.compression import graphs, layouts, structured
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import cost, plain
 from adaptrain.pruning import structure as structures
-from adaptrain.pruning.families import Match, find_family
+from adaptrain.pruning.families import find_family
+from adaptrain.pruning.family import Match
 
 LAYOUTS = ("auto", "uniform", "padded", "structured")
 FORMATS = ("hf", "onnx", "torch_export")

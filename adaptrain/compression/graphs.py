@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adaptrain.compression.layouts import first_output
 from adaptrain.errors import ConfigurationError
-from adaptrain.pruning.families import Match
+from adaptrain.pruning.family import Match
 
 _SHAPE = (2, 8)  # of the example batch; the graph takes any
 _LOGGERS = ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")

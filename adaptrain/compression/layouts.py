@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import plain
 from adaptrain.pruning import structure as structures
-from adaptrain.pruning.families import Match
+from adaptrain.pruning.family import Match
 from adaptrain.pruning.surgery import shrink
 
 _SEQUENCE = 8  # tokens of the inputs that two models are compared on

@@ -14,7 +14,8 @@ from torch import nn
 import adaptrain
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import structure as structures
-from adaptrain.pruning.families import Match, find_family
+from adaptrain.pruning.families import find_family
+from adaptrain.pruning.family import Match
 from adaptrain.pruning.surgery import resize
 
 STRUCTURE_FILE = "structure.json"

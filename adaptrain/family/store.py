@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from adaptrain.compression import structured
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import cost
-from adaptrain.pruning.families import Match, find_family
+from adaptrain.pruning.families import find_family
+from adaptrain.pruning.family import Match
 
 FOLDER = "family"  # in a run's folder
 ABOUT_FILE = "family.json"

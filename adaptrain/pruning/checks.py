@@ -10,7 +10,7 @@ from adaptrain.errors import ConfigurationError
 from adaptrain.pruning.projections import projection, submodule
 
 if TYPE_CHECKING:
-    from adaptrain.pruning.families import Family, Match
+    from adaptrain.pruning.family import Family, Match
 
 
 def check(match: Match) -> None:

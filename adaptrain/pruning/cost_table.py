@@ -11,7 +11,7 @@ from torch import nn
 
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
-from adaptrain.pruning.families import KINDS, Match
+from adaptrain.pruning.family import KINDS, Match
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import resize, slices
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import structure as structures
-from adaptrain.pruning.families import Match
+from adaptrain.pruning.family import Match
 from adaptrain.pruning.structure import Structure
 
 

@@ -12,7 +12,7 @@ from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost_table import CostTable, with_structure
-from adaptrain.pruning.families import Match
+from adaptrain.pruning.family import Match
 from adaptrain.pruning.importance import Scores
 from adaptrain.pruning.layers import solve_with_layers
 from adaptrain.pruning.plain import uniform_kinds, uniform_widths

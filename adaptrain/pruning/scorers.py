@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import structure as structures
-from adaptrain.pruning.families import Match
+from adaptrain.pruning.family import Match
 from adaptrain.pruning.importance import (
     MagnitudeScores,
     RunningScores,

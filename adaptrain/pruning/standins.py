@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from adaptrain.pruning.projections import is_transposed, projection
 
 if TYPE_CHECKING:
-    from adaptrain.pruning.families import Attention
+    from adaptrain.pruning.family import Attention
 
 
 class EmptyAttention(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from adaptrain.errors import ConfigurationError
-from adaptrain.pruning.families import Match
+from adaptrain.pruning.family import Match
 from adaptrain.pruning.projections import projection, submodule
 
 Structure = list[dict[str, list[int]]]

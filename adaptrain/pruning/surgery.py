@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adaptrain.pruning import optimizer_state
 from adaptrain.pruning import structure as structures
-from adaptrain.pruning.families import KINDS, Attention, Match
+from adaptrain.pruning.family import KINDS, Attention, Match
 from adaptrain.pruning.projections import Projection, Slice, projection, submodule
 from adaptrain.pruning.standins import (
     DroppedLayer,

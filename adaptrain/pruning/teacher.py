@@ -11,7 +11,7 @@ from torch import nn
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
-from adaptrain.pruning.families import Match
+from adaptrain.pruning.family import Match
 from adaptrain.pruning.surgery import resize
 
 

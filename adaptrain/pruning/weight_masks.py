@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrain.pruning.checks import projections
-from adaptrain.pruning.families import Match
+from adaptrain.pruning.family import Match
 from adaptrain.pruning.projections import Projection, projection
 
 _LEVEL = 1  # of zlib: zeros are found at any level, and more finds little else in floats
