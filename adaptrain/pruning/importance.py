@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,12 +57,30 @@ class Scorer:
         """Takes over the state of a run that is resumed."""
 
 
+def layer_adaptive(values: Sequence[float], kept: Sequence[int], worth: float = 1.0) -> list[float]:
+    """Returns scores that compare across layers and kinds: what a unit is of all that are at least as good.
+
+    A value of one unit says nothing of what taking many out of one layer does. Summed as they are, or scaled by layer,
+    values let a whole layer go before another loses its second half; training could not mend that. So a unit's score
+    is its value as a share of its own and all greater ones: giving up more of one layer and kind costs ever more, and
+    the last unit all of what they are worth.
+
+    Source: Lee et al. 2021, "Layer-adaptive Sparsity for the Magnitude-based Pruning" (LAMP), of units for weights.
+
+    Args:
+        values: A value, 0 or above, of each unit of one layer and kind.
+        kept: The units that are left.
+        worth: What they are worth together, as against other layers and kinds.
+    """
+    scores, total = [0.0] * len(values), 0.0
+    for unit in sorted(kept, key=lambda unit: -values[unit]):
+        total += values[unit]
+        scores[unit] = worth * values[unit] / total if total > 0 else 0.0
+    return scores
+
+
 class RunningScores(Scorer):
     """Scores by a value of each unit that is seen at every step, averaged exponentially and debiased.
-
-    Compared as they are, such values let whole layers lose all their heads: a value of one unit says nothing of what
-    taking many out of one layer does, and layers differ in scale. So the scores of each layer and kind are scaled to
-    a root mean square of the parameters of one unit.
 
     Args:
         match: The model.
@@ -127,16 +144,19 @@ class RunningScores(Scorer):
         return found
 
     def scores(self) -> Scores:
-        """Returns the averages, scaled so that layers and kinds compare."""
+        """Returns the averages as `layer_adaptive` scores."""
         changes = self.changes()
-        for layer, kept in enumerate(structures.current(self.match)):
-            for kind in self.kinds:
-                values = changes[layer][kind]
-                square = sum(values[unit] ** 2 for unit in kept[kind])
-                if square > 0:
-                    scale = unit_params(self.match, layer, kind) * math.sqrt(len(kept[kind]) / square)
-                    changes[layer][kind] = [value * scale for value in values]
-        return changes
+        return [
+            {
+                kind: layer_adaptive(values, kept[kind], self.worth(layer, kind))
+                for kind, values in changes[layer].items()
+            }
+            for layer, kept in enumerate(structures.current(self.match))
+        ]
+
+    def worth(self, layer: int, kind: str) -> float:
+        """Returns what all units of a layer and kind are worth together, as against others."""
+        return 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the averages as plain Python."""
@@ -157,11 +177,16 @@ class TaylorScores(RunningScores):
 
     A gate ξ = 1 on a unit's output has the gradient ∂L/∂ξ = Σ g·w over the unit's columns of the output projection,
     so |Σ g·w| there estimates |L(ξ=1) − L(ξ=0)| from gradients that training computes anyway. Padding has no gradient
-    and counts for nothing.
+    and counts for nothing. One gate on all units of a layer and kind says in the same way what these are worth
+    together: its gradient is the sum of theirs.
 
     Sources: Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference"; Michel
     et al. 2019, "Are Sixteen Heads Really Better than One?".
     """
+
+    def __init__(self, match: Match, kinds: tuple[str, ...], *, decay: float = 0.95) -> None:
+        super().__init__(match, kinds, decay=decay)
+        self._together: Tensor | None = None  # of shape (layers, kinds): averages of the common gates
 
     def check(self) -> None:
         """Refuses a model whose gradients will not be there.
@@ -182,8 +207,36 @@ class TaylorScores(RunningScores):
                     weight = output.weight
                     if weight.grad is None:
                         return
-                    gates[layer, kind] = output.per_unit(weight.grad * weight).abs()
-        self.observe(gates)
+                    gates[layer, kind] = output.per_unit(weight.grad * weight)
+        if gates:
+            self._observe_together(gates)
+            self.observe({key: gate.abs() for key, gate in gates.items()})
+
+    def _observe_together(self, gates: Mapping[tuple[int, str], Tensor]) -> None:
+        common = torch.stack([gate.sum().abs() for gate in gates.values()])
+        places = [layer * len(self.kinds) + self.kinds.index(kind) for layer, kind in gates]
+        if self._together is None:
+            self._together = common.new_zeros(len(self.match.layers), len(self.kinds))
+        flat = self._together.view(-1)
+        past = flat[places]
+        flat[places] = torch.where(common.isfinite().all(), self._merge(past, common), past)
+
+    def worth(self, layer: int, kind: str) -> float:
+        """Returns the average of |Σ g·w| over all units of a layer and kind."""
+        assert self._together is not None
+        return float(self._together[layer, self.kinds.index(kind)]) / self._correction()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the averages as plain Python."""
+        together = None if self._together is None else self._together.tolist()
+        return {**super().state_dict(), "together": together}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over the averages of a run that is resumed."""
+        super().load_state_dict(state)
+        if state["together"] is not None:
+            parameter = next(self.match.model.parameters())
+            self._together = torch.tensor(state["together"], dtype=parameter.dtype, device=parameter.device)
 
 
 class MagnitudeScores(Scorer):
@@ -219,10 +272,7 @@ def check_trained(
 
 @torch.no_grad()
 def magnitude_scores(match: Match, kinds: tuple[str, ...]) -> Scores:
-    """Scores units by the size of their weights: the L2 norm over all parameters of the unit.
-
-    The scores of each layer and kind are scaled so that their mean is the parameters of one unit: layers of another
-    scale compare, and a head counts for as many neurons as it has parameters for.
+    """Scores units by the size of their weights: the L2 norm over all of a unit's parameters, made `layer_adaptive`.
 
     Source: Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks", by group.
 
@@ -240,24 +290,17 @@ def magnitude_scores(match: Match, kinds: tuple[str, ...]) -> Scores:
         for kind in kinds:
             values = [0.0] * sizes[layer][kind]
             if kept[kind]:
-                for unit, score in zip(kept[kind], _relative_size(match, layer, kind), strict=True):
-                    values[unit] = score
-            scores[layer][kind] = values
+                for unit, size in zip(kept[kind], _unit_norms(match, layer, kind), strict=True):
+                    values[unit] = size
+            scores[layer][kind] = layer_adaptive(values, kept[kind])
     return scores
 
 
-def _relative_size(match: Match, layer: int, kind: str) -> list[float]:
+def _unit_norms(match: Match, layer: int, kind: str) -> list[float]:
     squares: Tensor | None = None
     for part in slices(match, layer, kind):
         for parameter in part.parameters():
             units = part.per_unit(parameter.double().pow(2))
             squares = units if squares is None else squares + units
     assert squares is not None
-    size = squares.sqrt()
-    return (size / size.mean().clamp_min(1e-30) * unit_params(match, layer, kind)).tolist()
-
-
-def unit_params(match: Match, layer: int, kind: str) -> float:
-    """Returns the parameters of one unit."""
-    parts = slices(match, layer, kind)
-    return sum(parameter.numel() for part in parts for parameter in part.parameters()) / parts[-1].units
+    return squares.sqrt().tolist()

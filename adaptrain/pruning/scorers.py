@@ -21,7 +21,7 @@ from adaptrain.pruning.importance import (
     Scores,
     TaylorScores,
     check_trained,
-    unit_params,
+    layer_adaptive,
 )
 from adaptrain.pruning.projections import Slice
 from adaptrain.pruning.surgery import slices
@@ -175,7 +175,7 @@ class MovementScores(RunningScores):
 
 
 class RandomScores(Scorer):
-    """Chance, to compare with: uniform numbers scaled like the others, drawn once, so that every event agrees."""
+    """Chance, to compare with: `layer_adaptive` scores of uniform numbers, drawn once, so that every event agrees."""
 
     def __init__(self, match: Match, kinds: tuple[str, ...]) -> None:
         super().__init__(match, kinds)
@@ -191,9 +191,7 @@ class RandomScores(Scorer):
             found.append({})
             for kind in self.kinds:
                 drawn = torch.rand(sizes[kind], generator=generator).tolist()
-                left = set(kept[kind])
-                worth = unit_params(self.match, layer, kind) if left else 0.0
-                found[layer][kind] = [worth * value if unit in left else 0.0 for unit, value in enumerate(drawn)]
+                found[layer][kind] = layer_adaptive(drawn, kept[kind])
         return found
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from adaptrain import ConfigurationError
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
-from adaptrain.pruning.importance import TaylorScores, magnitude_scores
+from adaptrain.pruning.importance import TaylorScores, layer_adaptive, magnitude_scores
 from adaptrain.pruning.surgery import shrink, slices
 from tests.pruning.models import MODELS, batch, loss_of
 from tests.toys import tiny_bert
@@ -32,7 +32,12 @@ def gate_gradients(model, seed):
     loss_of(model, seed).backward()
     for handle in handles:
         handle.remove()
-    return {key: gate.grad.abs() for key, gate in gates.items()}
+    return {key: gate.grad for key, gate in gates.items()}
+
+
+def shares(values: list[float], worth: float = 1.0) -> list[float]:
+    """Reference: of each value, what it is of itself and all that are greater."""
+    return [worth * value / sum(other for other in values if other >= value) for value in values]
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "distilbert"])
@@ -40,17 +45,18 @@ def test_taylor_equals_the_gradient_of_a_gate(name) -> None:
     model = MODELS[name]().double()
     scorer = TaylorScores(find_family(model), KINDS, decay=0.5)
     expected: dict = {}
+    together: dict = {}
     for step in range(3):
         model.zero_grad()
         for key, gradient in gate_gradients(model, step).items():
-            expected[key] = 0.5 * expected.get(key, 0) + 0.5 * gradient
+            expected[key] = 0.5 * expected.get(key, 0) + 0.5 * gradient.abs()
+            together[key] = 0.5 * together.get(key, 0) + 0.5 * float(gradient.sum().abs())
         scorer.update()
     changes, scores = scorer.changes(), scorer.scores()
     for (layer, kind), value in expected.items():
         assert changes[layer][kind] == pytest.approx((value / (1 - 0.5**3)).tolist(), rel=1e-9)
-        parts = slices(scorer.match, layer, kind)
-        params = sum(p.numel() for part in parts for p in part.parameters()) / len(value)
-        assert scores[layer][kind] == pytest.approx((value / value.square().mean().sqrt() * params).tolist(), rel=1e-9)
+        worth = together[layer, kind] / (1 - 0.5**3)
+        assert scores[layer][kind] == pytest.approx(shares(value.tolist(), worth), rel=1e-9)
 
 
 def test_taylor_foretells_the_change_of_the_loss() -> None:
@@ -149,6 +155,19 @@ def test_magnitude_equals_the_plain_norm(name) -> None:
                     for p in part.parameters():
                         total += float((p[lines] if part.dim == 0 else p[:, lines]).detach().pow(2).sum())
                 norms.append(total**0.5)
-            params = sum(p.numel() for part in slices(match, layer, kind) for p in part.parameters()) / sizes[kind]
-            mean = sum(norms) / len(norms)
-            assert scores[layer][kind] == pytest.approx([norm / mean * params for norm in norms])
+            assert scores[layer][kind] == pytest.approx(shares(norms))
+
+
+def test_the_last_unit_of_a_layer_counts_for_all_of_it() -> None:
+    scores = layer_adaptive([3.0, 1.0, 2.0, 9.0], [0, 1, 2], worth=2.0)  # the last one is gone already
+    assert scores == pytest.approx([2.0, 2 * 1 / 6, 2 * 2 / 5, 0.0])
+    assert layer_adaptive([0.0, 0.0], [0, 1]) == [0.0, 0.0]
+    assert layer_adaptive([], []) == []
+
+
+def test_no_layer_is_emptied_while_others_are_whole() -> None:
+    """Equal values everywhere: half of all goes as a half of each layer and kind, whatever their scales."""
+    layers = [layer_adaptive([scale] * 64, range(64)) for scale in (1e-3, 1.0, 1e3)]
+    ranked = sorted((score, layer) for layer, scores in enumerate(layers) for score in scores)
+    gone = [layer for _, layer in ranked[: len(ranked) // 2]]
+    assert [gone.count(layer) for layer in range(3)] == [32, 32, 32]
