@@ -37,7 +37,7 @@ def nested_trainer(trainer: Any, pl_module: Any, *, callbacks: Sequence[Any] = (
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "limit_val_batches": trainer.limit_val_batches,
-        "default_root_dir": trainer.default_root_dir,
+        "default_root_dir": trainer.default_root_dir,  # nothing is written there unless a callback does
     }
     data = trainer.datamodule
     trained_by = None if data is None else data.trainer

@@ -22,6 +22,7 @@ _KNOB_LABELS = {
     "learning_rate": "learning rate (multiplier)",
     "distillation": "distillation (the teacher's share of the loss)",
     "family": "family (members kept)",
+    "recovery": "recovery (a member's metric)",
     "wall_clock": "wall clock (steps planned and taken)",
 }
 

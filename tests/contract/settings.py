@@ -99,6 +99,7 @@ SETTINGS = {
                 ({"monitor": 7}, "monitor"),
                 ({"monitor": "val/something"}, "val/something"),
                 ({"mode": "best"}, "mode"),
+                ({"recovery_steps": 1.5}, "recovery_steps"),
                 ({"validation_samples": -1}, "validation_samples"),
             ),
             frozenset({"family"}),
