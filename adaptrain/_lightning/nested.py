@@ -30,6 +30,7 @@ def nested_trainer(trainer: Any, pl_module: Any, *, callbacks: Sequence[Any] = (
         "devices": trainer.device_ids if on_gpu else trainer.num_devices,
         "num_nodes": trainer.num_nodes,
         "strategy": "auto" if trainer.world_size == 1 else "ddp",
+        "use_distributed_sampler": False,  # the loaders are those of `trainer`, which share the samples already
         "precision": trainer.precision,
         "logger": False,
         "enable_checkpointing": False,
