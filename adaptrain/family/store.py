@@ -154,6 +154,11 @@ class FamilyStore:
             loaded: The tensors that are in memory, by place: those are shared, and what is loaded is added. It may
                 hold them weakly, the model keeps them alive. None: nothing is shared.
         """
+        if build is None and member["config"] is None:
+            raise ConfigurationError(
+                f"The family in {self.folder} is of {member['class']}, which is not of transformers: say how to build the"
+                " dense model, ModelFamily.load(run_dir, build=lambda: MyModel(...))."
+            )
         device = torch.device(device)
         places = member["weights"]
         tensors = self._load({(place["file"], place["key"], device) for place in places.values()}, loaded)
