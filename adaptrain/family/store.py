@@ -156,8 +156,8 @@ class FamilyStore:
         """
         if build is None and member["config"] is None:
             raise ConfigurationError(
-                f"The family in {self.folder} is of {member['class']}, which is not of transformers: say how to build the"
-                " dense model, ModelFamily.load(run_dir, build=lambda: MyModel(...))."
+                f"The family in {self.folder} is of {member['class']}, which is not of transformers: say how to build"
+                " the dense model, ModelFamily.load(run_dir, build=lambda: MyModel(...))."
             )
         device = torch.device(device)
         places = member["weights"]
