@@ -22,6 +22,7 @@ from adaptrain.family.store import FOLDER, TOKENIZER, FamilyStore
 from adaptrain.policies.learning_rate.build import metric_mode
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost import count_params
+from adaptrain.pruning.elastic import cut_out
 from adaptrain.pruning.families import Match, find_family
 from adaptrain.pruning.shape import typical_shape
 from adaptrain.pruning.surgery import resize
@@ -150,6 +151,9 @@ class FamilyCheckpoint(AdaptiveCallback):
             if self._store is None:  # resumed where nothing was left to train
                 self._open(trainer, pl_module)
             self._keep(trainer, _FINAL)
+            for other in trainer.callbacks:  # networks that were trained inside of the final one
+                for name, structure in getattr(other, "family_structures", list)():
+                    self._keep(trainer, name, structure)
             if self._store is not None:
                 self._validate(trainer, pl_module, self._store)
                 if _lightning.is_rank_zero(trainer):
@@ -181,19 +185,21 @@ class FamilyCheckpoint(AdaptiveCallback):
             "device_type": trainer.strategy.root_device.type,
         }
 
-    def _keep(self, trainer: Any, name: str) -> None:
+    def _keep(self, trainer: Any, name: str, structure: structures.Structure | None = None) -> None:
+        """Keeps the model as a member, or the units of a structure alone."""
         assert self._match is not None
-        before = len(self._names)
+        before, step = len(self._names), int(trainer.global_step)
+        match = self._match if structure is None else cut_out(self._match, structure)
         if self._store is not None and _lightning.is_rank_zero(trainer):
-            self._store.add(self._match, name=name, step=int(trainer.global_step))
+            self._store.add(match, name=name, step=step, inside=None if structure is None else _FINAL)
         self._names = [*(other for other in self._names if other != name), name]
         self.record(
             trainer,
             "family",
             old=before,
             new=len(self._names),
-            reason=f"the model of step {trainer.global_step} is kept as member {name!r}",
-            readings={"params": count_params(self._match.model)},
+            reason=f"the model of step {step} is kept as member {name!r}",
+            readings={"params": count_params(match.model)},
             offer=False,
         )
 

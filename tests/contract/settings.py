@@ -90,6 +90,21 @@ SETTINGS = {
             frozenset({"distillation"}),
         ),
         Setting(
+            "ElasticTraining",
+            "elastic",
+            {"levels": (0.8, 0.6), "cost": "flops", "begin": 0.2},
+            (
+                ({"levels": 1.5}, "levels"),
+                ({"levels": ()}, "levels"),
+                ({"cost": "money"}, "cost"),
+                ({"begin": 1}, "begin"),
+                ({"importance": "luck"}, "importance"),
+                ({"latency_input": (4,)}, "latency_input"),
+                ({"seed": "x"}, "seed"),
+            ),
+            frozenset({"elastic"}),
+        ),
+        Setting(
             "FamilyCheckpoint",
             "family",
             {"latency_input": (4, 16)},
