@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adaptrain.callbacks.base import AdaptiveCallback as AdaptiveCallback
     from adaptrain.callbacks.batch_size import BatchSizeController as BatchSizeController
     from adaptrain.callbacks.distillation import Distillation as Distillation
+    from adaptrain.callbacks.elastic import ElasticTraining as ElasticTraining
     from adaptrain.callbacks.family import FamilyCheckpoint as FamilyCheckpoint
     from adaptrain.callbacks.graceful_stop import GracefulStop as GracefulStop
     from adaptrain.callbacks.learning_rate import LearningRateController as LearningRateController
@@ -50,6 +51,7 @@ _NAMES = {
     "Decision": "adaptrain.decisions",
     "DecisionLog": "adaptrain.decisions",
     "Distillation": "adaptrain.callbacks.distillation",
+    "ElasticTraining": "adaptrain.callbacks.elastic",
     "FamilyCheckpoint": "adaptrain.callbacks.family",
     "GracefulStop": "adaptrain.callbacks.graceful_stop",
     "GradientNoiseScale": "adaptrain.policies.noise_scale",

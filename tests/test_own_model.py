@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from adaptrain import ConfigurationError
+from adaptrain import ConfigurationError, ModelFamily
+from adaptrain.family.store import FamilyStore
 from adaptrain.pruning import cost, families
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
@@ -148,3 +149,20 @@ def test_the_example_runs_and_meets_its_target(tmp_path) -> None:
     assert shares["parameters"] <= 60
     assert shares["FLOPs"] <= 50
     assert "accuracy" in done.stdout
+
+
+def test_a_family_of_it_is_opened_with_what_builds_it(example, model, tmp_path) -> None:
+    store = FamilyStore(tmp_path)
+    store.begin()
+    about = {"task": "classification", "labels": [], "metric": None, "mode": "auto", "max_length": 24}
+    store.write_about(about | {"shapes": {"batch": [2, 24]}, "device_type": "cpu"})
+    match = find_family(model)
+    store.add(match, name="dense", step=1)
+    shrink(match, structure(match))
+    store.add(match, name="final", step=2)
+    opened = ModelFamily.load(tmp_path, build=example.ByteClassifier)
+    with torch.no_grad():
+        assert torch.equal(opened["final"].model()(ids()), model(ids()))
+    assert opened.select(params_m=opened["final"].params / 1e6).name == "final"
+    with pytest.raises(ConfigurationError, match=r"ByteClassifier, which is not of transformers: say how .* build="):
+        ModelFamily.load(tmp_path)["final"].model()

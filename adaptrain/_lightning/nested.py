@@ -30,6 +30,7 @@ def nested_trainer(trainer: Any, pl_module: Any, *, callbacks: Sequence[Any] = (
         "devices": trainer.device_ids if on_gpu else trainer.num_devices,
         "num_nodes": trainer.num_nodes,
         "strategy": "auto" if trainer.world_size == 1 else "ddp",
+        "use_distributed_sampler": False,  # the loaders are those of `trainer`, which share the samples already
         "precision": trainer.precision,
         "logger": False,
         "enable_checkpointing": False,
@@ -37,7 +38,7 @@ def nested_trainer(trainer: Any, pl_module: Any, *, callbacks: Sequence[Any] = (
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "limit_val_batches": trainer.limit_val_batches,
-        "default_root_dir": trainer.default_root_dir,
+        "default_root_dir": trainer.default_root_dir,  # nothing is written there unless a callback does
     }
     data = trainer.datamodule
     trained_by = None if data is None else data.trainer

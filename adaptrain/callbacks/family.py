@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from adaptrain import _lightning
 from adaptrain._lightning.nested import validate_again
 from adaptrain._lightning.structure import forget_compiled
 from adaptrain.callbacks.base import AdaptiveCallback
+from adaptrain.callbacks.family_recovery import check_recovery, describe_recovery, recover
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.distillation import is_causal
 from adaptrain.family import samples
@@ -21,6 +22,7 @@ from adaptrain.family.store import FOLDER, TOKENIZER, FamilyStore
 from adaptrain.policies.learning_rate.build import metric_mode
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost import count_params
+from adaptrain.pruning.elastic import cut_out
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import Match
 from adaptrain.pruning.shape import typical_shape
@@ -41,8 +43,8 @@ class FamilyCheckpoint(AdaptiveCallback):
     validates itself, and measured: latency (the members taking turns), FLOPs and peak memory at each of the shapes,
     parameters and size. `adaptrain.ModelFamily.load(run_dir)` opens them.
 
-    The trained module ends as it would without this callback. A run that was killed goes on with the members that its
-    checkpoint knows of, and takes later ones again.
+    The trained module ends as it would without this callback, and `WallClock` does not count what comes after
+    training. A run that was killed goes on with the members that its checkpoint knows of, and takes later ones again.
 
     Args:
         latency_input: The (batch, sequence) to measure at, or several by name; the first is what `select` goes by
@@ -51,6 +53,9 @@ class FamilyCheckpoint(AdaptiveCallback):
         monitor: The validation metric that ranks the members; None: an accuracy or its like, else the perplexity, else
             the loss, whichever the module logs.
         mode: Whether a lower (`"min"`) or higher (`"max"`) `monitor` is better; `"auto"`: told by its name.
+        recovery_steps: More optimizer steps for every member but the best, after training, taught by the best one
+            (`Distillation`), with the module's own optimizer and a whole schedule of that length: members of early
+            events have seen only part of training. What is no better is not kept; 0: none. In one process only.
         validation_samples: How many validation samples to keep with the family, tokens and labels, so that a cascade
             can be chosen on them later; of classifiers only, 0: none.
         folder: Where the members go; None: `family` in the run's folder.
@@ -68,6 +73,7 @@ class FamilyCheckpoint(AdaptiveCallback):
         latency_input: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         monitor: str | None = None,
         mode: str = "auto",
+        recovery_steps: int = 0,
         validation_samples: int = 2000,
         folder: str | os.PathLike[str] | None = None,
         dry_run: bool = False,
@@ -79,10 +85,10 @@ class FamilyCheckpoint(AdaptiveCallback):
             raise ConfigurationError(f"monitor must name a validation metric, such as val/accuracy, got {monitor!r}.")
         if mode not in ("auto", "min", "max"):
             raise ConfigurationError(f"mode must be 'auto', 'min' or 'max', got {mode!r}.")
-        if isinstance(validation_samples, bool) or not isinstance(validation_samples, int) or validation_samples < 0:
-            raise ConfigurationError(
-                f"validation_samples must be a whole number of at least 0, got {validation_samples!r}."
-            )
+        for argument, value in (("recovery_steps", recovery_steps), ("validation_samples", validation_samples)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigurationError(f"{argument} must be a whole number of at least 0, got {value!r}.")
+        self.recovery_steps = recovery_steps
         self.validation_samples = validation_samples
         self.monitor = monitor
         self.mode = metric_mode(monitor, callback="FamilyCheckpoint") if monitor and mode == "auto" else mode
@@ -93,7 +99,6 @@ class FamilyCheckpoint(AdaptiveCallback):
         self._match: Match | None = None
         self._store: FamilyStore | None = None
         self._names: list[str] = []  # of the members so far
-        self._trained = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Moves behind the other callbacks: members are measured once the trainer is as it was found."""
@@ -108,9 +113,14 @@ class FamilyCheckpoint(AdaptiveCallback):
         self._match = find_family(pl_module)
         for shape in (self.latency_input or {}).values():
             self._match.example_inputs(*shape)
+        if self.recovery_steps:
+            check_recovery(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Makes the family's folder, or goes on with that of the run that is resumed."""
+        self._open(trainer, pl_module)
+
+    def _open(self, trainer: Any, pl_module: Any) -> None:
         assert self._match is not None
         shapes = self.latency_input or _with_single(typical_shape(trainer.train_dataloader))
         store = FamilyStore(self.folder or _lightning.run_folder(trainer) / FOLDER)
@@ -136,14 +146,15 @@ class FamilyCheckpoint(AdaptiveCallback):
             is_dense = structures.current(self._match) == structures.dense(self._match)
             self._keep(trainer, "dense" if is_dense else f"pruned-{pruned + 1}")
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Notes that training came to its end."""
-        self._trained = True
-
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """After fit, keeps the final model and measures all members; the others have left the trainer by then."""
-        if stage == "fit" and self._trained and self._match is not None:
+        if stage == "fit" and self._match is not None:
+            if self._store is None:  # resumed where nothing was left to train
+                self._open(trainer, pl_module)
             self._keep(trainer, _FINAL)
+            for other in trainer.callbacks:  # networks that were trained inside of the final one
+                for name, structure in getattr(other, "family_structures", list)():
+                    self._keep(trainer, name, structure)
             if self._store is not None:
                 self._validate(trainer, pl_module, self._store)
                 if _lightning.is_rank_zero(trainer):
@@ -175,24 +186,26 @@ class FamilyCheckpoint(AdaptiveCallback):
             "device_type": trainer.strategy.root_device.type,
         }
 
-    def _keep(self, trainer: Any, name: str) -> None:
+    def _keep(self, trainer: Any, name: str, structure: structures.Structure | None = None) -> None:
+        """Keeps the model as a member, or the units of a structure alone."""
         assert self._match is not None
-        before = len(self._names)
+        before, step = len(self._names), int(trainer.global_step)
+        match = self._match if structure is None else cut_out(self._match, structure)
         if self._store is not None and _lightning.is_rank_zero(trainer):
-            self._store.add(self._match, name=name, step=int(trainer.global_step))
+            self._store.add(match, name=name, step=step, inside=None if structure is None else _FINAL)
         self._names = [*(other for other in self._names if other != name), name]
         self.record(
             trainer,
             "family",
             old=before,
             new=len(self._names),
-            reason=f"the model of step {trainer.global_step} is kept as member {name!r}",
-            readings={"params": count_params(self._match.model)},
+            reason=f"the model of step {step} is kept as member {name!r}",
+            readings={"params": count_params(match.model)},
             offer=False,
         )
 
     def _validate(self, trainer: Any, pl_module: Any, store: FamilyStore) -> None:
-        """Validates every member that was not yet, in the live module, which ends as it was."""
+        """Validates every member that was not yet, and recovers them, in the live module, which ends as it was."""
         members = _lightning.broadcast(trainer, store.members() if _lightning.is_rank_zero(trainer) else None)
         with self._put_back(pl_module):
             for member in members:
@@ -206,8 +219,21 @@ class FamilyCheckpoint(AdaptiveCallback):
                 member["metrics"] = metrics
                 if _lightning.is_rank_zero(trainer):
                     store.update(member["name"], metrics=metrics)
-        if _lightning.is_rank_zero(trainer):
-            self._note_metric(store)
+            if _lightning.is_rank_zero(trainer):
+                self._note_metric(store)
+            if self.recovery_steps:
+                recover(
+                    trainer,
+                    pl_module,
+                    store,
+                    steps=self.recovery_steps,
+                    become=lambda member: self._become(pl_module, store, member),
+                    rebuild=lambda member: store.rebuild(member, build=self._build(member)),
+                )
+        for member in store.members() if self.recovery_steps else []:
+            if "recovery" in member:
+                old, new, reason = describe_recovery(member, store.about()["metric"])
+                self.record(trainer, "recovery", old=old, new=new, reason=reason, offer=False)
 
     def _note_metric(self, store: FamilyStore) -> None:
         """Settles which metric ranks the members."""
@@ -234,10 +260,10 @@ class FamilyCheckpoint(AdaptiveCallback):
         if not missing:
             return
         _log.info("Measuring the %d members of the family.", len(members))
-        build = None if members[0]["config"] is not None else self._match.dense_twin  # type: ignore[union-attr]
         loaded: dict[Any, Any] = {}
         models = {
-            member["name"]: store.rebuild(member, device=device, build=build, loaded=loaded) for member in members
+            member["name"]: store.rebuild(member, device=device, build=self._build(member), loaded=loaded)
+            for member in members
         }
         for shape in missing:
             found = measure_costs(models, shape)
@@ -258,9 +284,13 @@ class FamilyCheckpoint(AdaptiveCallback):
     def _become(self, pl_module: Any, store: FamilyStore, member: Mapping[str, Any]) -> None:
         """Gives the live model a member's structure and weights."""
         assert self._match is not None
-        build = None if member["config"] is not None else self._match.dense_twin
-        weights = store.rebuild(member, build=build).state_dict()
+        weights = store.rebuild(member, build=self._build(member)).state_dict()
         _reshape(self._match, pl_module, member["structure"]["layers"], weights)
+
+    def _build(self, member: Mapping[str, Any]) -> Callable[[], Any] | None:
+        """Builds the dense model, where the member does not say how."""
+        assert self._match is not None
+        return None if member["config"] is not None else self._match.dense_twin
 
     @contextlib.contextmanager
     def _put_back(self, pl_module: Any) -> Iterator[None]:

@@ -18,7 +18,7 @@ from adaptrain.execution.split import IGNORED
 
 
 @dataclass
-class _Pass:
+class Pass:
     """One forward pass of the student: what it was given, and what came out."""
 
     args: tuple[Any, ...]
@@ -85,8 +85,8 @@ class DistillationLoss:
         Raises:
             ConfigurationError: The step did not run the student, or its output has no logits.
         """
-        passes: list[_Pass] = []
-        with self._watch(passes):
+        passes: list[Pass] = []
+        with watch(self.student, passes, self._backbone):
             result = step()
         loss = result.get("loss") if isinstance(result, Mapping) else result
         if loss is None:
@@ -101,29 +101,7 @@ class DistillationLoss:
         total = (1 - self.weight) * loss + self.weight * taught
         return ({**result, "loss": total} if isinstance(result, Mapping) else total), taught.detach()
 
-    @contextmanager
-    def _watch(self, passes: list[_Pass]) -> Iterator[None]:
-        hidden: list[Tensor] = []
-
-        def keep_hidden(module: nn.Module, inputs: Any, output: Any) -> None:
-            hidden[:] = [output[0]]
-
-        def keep(model: Any, args: Any, kwargs: Any, output: Any) -> None:
-            logits = _logits(output, model, "")
-            if logits.requires_grad:
-                given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-                passes.append(_Pass(args, kwargs, logits, {**given, **kwargs}, hidden[0] if hidden else None))
-
-        handles = [self.student.register_forward_hook(keep, with_kwargs=True)]
-        if self._backbone is not None:
-            handles.append(self._backbone(self.student).register_forward_hook(keep_hidden))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _teach(self, each: _Pass) -> Tensor:
+    def _teach(self, each: Pass) -> Tensor:
         theirs, their_hidden = self._ask(each)
         ours = each.logits
         if theirs.shape != ours.shape:
@@ -131,20 +109,16 @@ class DistillationLoss:
                 f"The teacher's logits are of shape {tuple(theirs.shape)}, the student's {tuple(ours.shape)}. They must"
                 " have the same classes, or the same vocabulary."
             )
-        counted = _counted(self.student, each)
+        counted = counted_logits(self.student, each)
         exact = torch.promote_types(ours.dtype, torch.float32)
-        ours, theirs = (
-            F.log_softmax(_pick(logits, counted).to(exact) / self.temperature, -1) for logits in (ours, theirs)
-        )
-        divergence = F.kl_div(ours, theirs, reduction="sum", log_target=True) / max(1, len(ours))
-        taught = self.temperature**2 * divergence
+        taught = self.temperature**2 * divergence(ours, theirs, counted, self.temperature)
         if each.hidden is not None and their_hidden is not None:
             by_token = (each.hidden.to(exact) - their_hidden.to(exact)).square().mean(-1)
             taught = taught + _mean_error(by_token, counted, each)
         return taught
 
     @torch.no_grad()
-    def _ask(self, each: _Pass) -> tuple[Tensor, Tensor | None]:
+    def _ask(self, each: Pass) -> tuple[Tensor, Tensor | None]:
         hidden: list[Tensor] = []
         handle = None
         if self._backbone is not None:
@@ -168,6 +142,50 @@ class DistillationLoss:
         return _logits(self.teacher(*args, **kwargs), self.teacher, "The teacher ")
 
 
+@contextmanager
+def watch(student: nn.Module, passes: list[Pass], backbone: Callable[[Any], nn.Module] | None = None) -> Iterator[None]:
+    """Notes the forward passes of a model that are made with gradients.
+
+    Args:
+        student: The model; its outputs have logits.
+        passes: Where they are noted.
+        backbone: Returns the module whose first output is the last hidden state, to be noted as well; None: it is not.
+    """
+    hidden: list[Tensor] = []
+
+    def keep_hidden(module: nn.Module, inputs: Any, output: Any) -> None:
+        hidden[:] = [output[0]]
+
+    def keep(model: Any, args: Any, kwargs: Any, output: Any) -> None:
+        logits = _logits(output, model, "")
+        if logits.requires_grad:
+            given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+            passes.append(Pass(args, kwargs, logits, {**given, **kwargs}, hidden[0] if hidden else None))
+
+    handles = [student.register_forward_hook(keep, with_kwargs=True)]
+    if backbone is not None:
+        handles.append(backbone(student).register_forward_hook(keep_hidden))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def divergence(ours: Tensor, theirs: Tensor, counted: Tensor | None, temperature: float = 1.0) -> Tensor:
+    """Returns KL(theirs ‖ ours) of the logits that count, the mean over them.
+
+    Args:
+        ours: The student's logits.
+        theirs: The teacher's, of the same shape.
+        counted: Which of them count, as `counted_logits` says.
+        temperature: Of both softmaxes.
+    """
+    exact = torch.promote_types(ours.dtype, torch.float32)
+    ours, theirs = (F.log_softmax(pick(logits, counted).to(exact) / temperature, -1) for logits in (ours, theirs))
+    return F.kl_div(ours, theirs, reduction="sum", log_target=True) / max(1, len(ours))
+
+
 def _logits(output: Any, model: nn.Module, who: str) -> Tensor:
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
@@ -183,7 +201,7 @@ def is_causal(model: Any) -> bool:
     return bool(callable(able) and able()) and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def _counted(student: nn.Module, each: _Pass) -> Tensor | None:
+def counted_logits(student: nn.Module, each: Pass) -> Tensor | None:
     """Returns which logits the task's loss counts, the last token left out for a causal model; None: all."""
     labels, mask = each.given.get("labels"), each.given.get("attention_mask")
     positions = each.logits.shape[:-1]
@@ -196,17 +214,17 @@ def _counted(student: nn.Module, each: _Pass) -> Tensor | None:
     return counted[:, 1:] if len(positions) == 2 and is_causal(student) else counted
 
 
-def _pick(values: Tensor, counted: Tensor | None) -> Tensor:
+def pick(values: Tensor, counted: Tensor | None) -> Tensor:
     """Returns the rows that count, shape (rows, ...)."""
     if counted is None:
         return values.flatten(0, -2)
     return values[:, : counted.shape[1]][counted] if counted.ndim == 2 else values[counted]
 
 
-def _mean_error(by_token: Tensor, counted: Tensor | None, each: _Pass) -> Tensor:
+def _mean_error(by_token: Tensor, counted: Tensor | None, each: Pass) -> Tensor:
     """Returns the mean as the task's loss forms it: over tokens that count, or over samples, each a mean."""
     if counted is not None and counted.ndim == 2:
-        return _pick(by_token, counted).sum() / counted.sum().clamp_min(1)
+        return pick(by_token, counted).sum() / counted.sum().clamp_min(1)
     mask = each.given.get("attention_mask")
     real = mask != 0 if isinstance(mask, Tensor) and mask.shape == by_token.shape else torch.ones_like(by_token)
     by_sample = (by_token * real).sum(1) / real.sum(1).clamp_min(1)

@@ -160,8 +160,12 @@ class Member:
 
 
 def prediction(probabilities: Tensor, labels: Sequence[str], member: str) -> Prediction:
-    """Returns the prediction for one text, given the probabilities of the classes, shape (classes,)."""
+    """Returns the prediction for one text, given the probabilities of the classes, shape (classes,).
+
+    Without labels, classes are called by their numbers.
+    """
     values = probabilities.tolist()
+    labels = labels or [str(index) for index in range(len(values))]
     best = max(range(len(values)), key=values.__getitem__)
     return Prediction(
         output=labels[best], confidence=values[best], scores=dict(zip(labels, values, strict=True)), member=member

@@ -95,13 +95,14 @@ class FamilyStore:
             (self.folder / f"{name}.json").unlink()
         self._remove_unused()
 
-    def add(self, match: Match, *, name: str, step: int) -> dict[str, Any]:
+    def add(self, match: Match, *, name: str, step: int, inside: str | None = None) -> dict[str, Any]:
         """Writes the model as it is now as a member; tensors that another member has as well are not written again.
 
         Args:
             match: The model.
             name: The member's name; a member of that name is replaced.
             step: The optimizer step.
+            inside: The member whose tensors begin with those of the model: they are not written again either.
 
         Returns:
             What is known of the member.
@@ -116,7 +117,7 @@ class FamilyStore:
             "metrics": {},
             "costs": {},
             **structured.describe(match),
-            "weights": self._write_weights(match.model, f"{name}.safetensors", before),
+            "weights": self._write_weights(match.model, f"{name}.safetensors", before, inside),
         }
         _write_json(self.folder / f"{name}.json", member)
         self._remove_unused()
@@ -155,6 +156,11 @@ class FamilyStore:
             loaded: The tensors that are in memory, by place: those are shared, and what is loaded is added. It may
                 hold them weakly, the model keeps them alive. None: nothing is shared.
         """
+        if build is None and member["config"] is None:
+            raise ConfigurationError(
+                f"The family in {self.folder} is of {member['class']}, which is not of transformers: say how to build"
+                " the dense model, ModelFamily.load(run_dir, build=lambda: MyModel(...))."
+            )
         device = torch.device(device)
         places = member["weights"]
         tensors = self._load({(place["file"], place["key"], device) for place in places.values()}, loaded)
@@ -165,6 +171,8 @@ class FamilyStore:
         state: dict[str, Tensor] = {}
         for name, place in places.items():
             tensor = tensors[place["file"], place["key"], device]
+            if "shape" in place:
+                tensor = tensor[tuple(slice(size) for size in place["shape"])]
             if name in parameters:  # tied ones stay one Parameter
                 tensor = tied.setdefault(id(parameters[name]), nn.Parameter(tensor, requires_grad=False))
             state[name] = tensor
@@ -176,15 +184,24 @@ class FamilyStore:
         """Returns the bytes of all weights on disk."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
-    def _write_weights(self, model: nn.Module, file: str, others: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    def _write_weights(
+        self, model: nn.Module, file: str, others: Iterable[Mapping[str, Any]], inside: str | None = None
+    ) -> dict[str, Any]:
         from safetensors.torch import save_file
 
+        others = list(others)
+        larger = next((other["weights"] for other in others if other["name"] == inside), {})
+        whole: dict[_Place, Tensor] = {}
         known = {place["hash"]: place for other in others for place in other["weights"].values()}
         weights: dict[str, Any] = {}
         new: dict[str, Tensor] = {}
         for name, tensor in model.state_dict().items():
             tensor = tensor.detach().cpu().contiguous()
             digest = _hash(tensor)
+            if digest not in known and name in larger and "shape" not in larger[name]:
+                place = (larger[name]["file"], larger[name]["key"], torch.device("cpu"))
+                if _is_beginning(tensor, self._load({place}, whole)[place]):
+                    known[digest] = larger[name] | {"hash": digest, "shape": list(tensor.shape)}
             if digest not in known:
                 known[digest] = {"file": file, "key": name, "hash": digest}
                 new[name] = tensor
@@ -231,6 +248,14 @@ def _hash(tensor: Tensor) -> str:
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=16)
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _is_beginning(part: Tensor, whole: Tensor) -> bool:
+    """Whether a tensor is what another begins with, in each dimension."""
+    if part.dtype != whole.dtype or part.dim() != whole.dim() or part.numel() == 0:
+        return False
+    fits = all(ours <= theirs for ours, theirs in zip(part.shape, whole.shape, strict=True))
+    return fits and torch.equal(part, whole[tuple(slice(size) for size in part.shape)])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,37 @@ def shrink(match: Match, keep: Structure, optimizers: Sequence[torch.optim.Optim
         if structures.is_dropped(new) and not structures.is_dropped(old):
             _drop(match, layer, optimizers)
     _finish(match, keep)
+
+
+def permute(
+    match: Match, order: Sequence[Mapping[str, Sequence[int]]], optimizers: Sequence[torch.optim.Optimizer] = ()
+) -> None:
+    """Puts the units of each layer into another order, with their gradients and optimizer state.
+
+    The model computes what it did, up to the rounding of sums; each Parameter stays the same object.
+
+    Args:
+        match: The model.
+        order: For each layer and kind the positions of the units as they are now, in their new order; a kind that is
+            left out stays.
+        optimizers: The optimizers that hold the parameters.
+
+    Raises:
+        ConfigurationError: An optimizer keeps state that cannot follow. Nothing was changed.
+    """
+    check_optimizers(match, optimizers)
+    for layer, kinds in enumerate(order):
+        for kind, positions in kinds.items():
+            for part in slices(match, layer, kind):
+                index = part.index(list(positions))
+                for parameter in part.parameters():
+                    dim = part.dim_of(parameter)
+                    for optimizer in optimizers:
+                        optimizer_state.cut(optimizer, parameter, dim, index)
+                    # In place: the shape stays, and so does what distributed training has hooked on the Parameter.
+                    for tensor in (parameter.data, parameter.grad):
+                        if tensor is not None:
+                            tensor.copy_(tensor.index_select(dim, index))
 
 
 def resize(match: Match, structure: Structure) -> None:

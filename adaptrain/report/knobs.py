@@ -22,7 +22,9 @@ _KNOB_LABELS = {
     "global_batch_size": "global batch size",
     "learning_rate": "learning rate (multiplier)",
     "distillation": "distillation (the teacher's share of the loss)",
+    "elastic": "elastic (networks that train)",
     "family": "family (members kept)",
+    "recovery": "recovery (a member's metric)",
     "wall_clock": "wall clock (steps planned and taken)",
 }
 

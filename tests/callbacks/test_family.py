@@ -16,9 +16,20 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from adaptrain import ConfigurationError, Distillation, FamilyCheckpoint, ModelFamily
+from adaptrain.callbacks import family_recovery
 from adaptrain.callbacks.base import decision_log
-from tests.family.conftest import fit_family, pruning
-from tests.toys import TextModule, language_model_samples, quiet_trainer, text_loader, tiny_llama, weights
+from tests.contract.runs import loader
+from tests.family.conftest import RankedModule, fit_family, pruning
+from tests.toys import (
+    TextModule,
+    language_model_samples,
+    quiet_trainer,
+    text_loader,
+    text_samples,
+    tiny_bert,
+    tiny_llama,
+    weights,
+)
 
 pytestmark = [
     # Tests read and write checkpoints across runs and folders on purpose.
@@ -156,6 +167,106 @@ def test_shapes_the_model_cannot_read_are_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="reads at most 64 tokens, but 65"):
         fit_family(tmp_path, [FamilyCheckpoint(latency_input=(1, 65))])
     assert not (tmp_path / "family").exists()
+
+
+class Fewer(RankedModule):
+    """Its accuracy is the lower the larger the model: what was trained least is the worst."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/accuracy", 1e4 / len(weights(self)) - float(self.model(**batch).loss) / 1e3)
+
+
+def test_members_are_taught_by_the_best_and_keep_what_is_better(run, tmp_path):
+    trainer, module = fit_family(tmp_path, [FamilyCheckpoint(recovery_steps=12), pruning()], module=Fewer())
+    before, after = ModelFamily.load(run[0]), ModelFamily.load(tmp_path)
+    assert torch.equal(weights(module), weights(run[1]))  # the trained module is as it would be without
+    assert module.trainer is trainer
+    assert not any(parameter.grad is not None for parameter in module.parameters())
+    assert torch.equal(weights(after["final"].model()), weights(before["final"].model()))  # the best is the teacher
+    recovered = [decision for decision in decision_log(trainer) if decision.knob == "recovery"]
+    assert len(recovered) == 2
+    for decision, name in zip(recovered, ("dense", "pruned-1"), strict=True):
+        assert f"12 more steps of member '{name}', taught by 'final', were" in decision.reason
+        kept = "were kept" in decision.reason
+        changed = not torch.equal(weights(after[name].model()), weights(before[name].model()))
+        assert changed == kept == (decision.new > decision.old)
+        assert after[name].metric == pytest.approx(decision.new)
+        assert after[name].widths == before[name].widths
+    assert any("were kept" in decision.reason for decision in recovered)
+
+
+def test_recovery_does_not_move_the_place_in_the_data(tmp_path):
+    places = []
+
+    class Remember(pl.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            places.append(trainer.train_dataloader.state_dict())
+
+    trainer = quiet_trainer(tmp_path, callbacks=[FamilyCheckpoint(recovery_steps=4), pruning(), Remember()],
+                            max_epochs=4)  # fmt: skip
+    trainer.fit(Fewer(), loader(trainer), text_loader(text_samples(16)))
+    assert "recovery" in {decision.knob for decision in decision_log(trainer)}
+    assert trainer.train_dataloader.state_dict() == places[0]
+
+
+def test_a_recovery_that_was_killed_goes_on_with_the_next_member(tmp_path, monkeypatch):
+    trained: list[str] = []
+    train = family_recovery._train
+
+    def interrupted(trainer: Any, pl_module: Any, teacher: Any, steps: int, folder: Path) -> None:
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(folder.name)
+        train(trainer, pl_module, teacher, steps, folder)
+
+    def go_on(trainer: Any, pl_module: Any, teacher: Any, steps: int, folder: Path) -> None:
+        trained.append(folder.name)
+        train(trainer, pl_module, teacher, steps, folder)
+
+    def run(**settings: Any) -> None:
+        saving = ModelCheckpoint(dirpath=tmp_path, save_top_k=0, save_last=True, every_n_train_steps=18)
+        callbacks = [FamilyCheckpoint(recovery_steps=4), pruning(), saving]
+        fit_family(tmp_path, callbacks, module=Fewer(), enable_checkpointing=True, **settings)
+
+    monkeypatch.setattr(family_recovery, "_train", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run()
+    assert trained == ["dense"]
+    assert [member.name for member in ModelFamily.load(tmp_path)] == ["dense", "pruned-1", "final"]
+    monkeypatch.setattr(family_recovery, "_train", go_on)
+    run(ckpt_path=str(tmp_path / "last.ckpt"))
+    assert trained == ["dense", "pruned-1"]
+
+
+def test_a_run_resumed_at_its_very_end_still_measures_its_family(run, tmp_path):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_top_k=0, save_last=True, every_n_train_steps=24)
+    callbacks = [FamilyCheckpoint(), pruning(), checkpoint]
+    fit_family(tmp_path, callbacks, enable_checkpointing=True)
+    (tmp_path / "family" / "final.json").unlink()  # as if killed before it was written
+    fit_family(tmp_path, callbacks, enable_checkpointing=True, ckpt_path=str(tmp_path / "last.ckpt"))
+    resumed, whole = ModelFamily.load(tmp_path), ModelFamily.load(run[0])
+    assert [(each.name, each.step, each.metrics) for each in resumed] == [
+        (each.name, each.step, each.metrics) for each in whole
+    ]
+
+
+def test_what_cannot_be_taught_is_refused_before_training(tmp_path):
+    model = tiny_bert()
+    model.config.problem_type = "regression"
+    with pytest.raises(ConfigurationError, match="trained for regression"):
+        fit_family(tmp_path, [FamilyCheckpoint(recovery_steps=4)], module=RankedModule(model))
+
+
+def test_a_recovery_that_fails_costs_nothing_but_itself(run, tmp_path, caplog):
+    class Failing(Fewer):
+        def on_fit_start(self) -> None:
+            if self.trainer.max_steps == 7:
+                raise RuntimeError("not twice")
+
+    _, module = fit_family(tmp_path, [FamilyCheckpoint(recovery_steps=7), pruning()], module=Failing())
+    assert "The member 'dense' could not be recovered: RuntimeError: not twice" in caplog.text
+    assert torch.equal(weights(module), weights(run[1]))
+    assert len(ModelFamily.load(tmp_path)) == 3
 
 
 if __name__ == "__main__":
