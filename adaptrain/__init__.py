@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from adaptrain import compression as compression
+    from adaptrain import fusion as fusion
     from adaptrain.budget import Budget as Budget
     from adaptrain.budget import Progress as Progress
     from adaptrain.callbacks.base import AdaptiveCallback as AdaptiveCallback
@@ -69,7 +70,7 @@ _NAMES = {
     "load_from_checkpoint": "adaptrain.pruning.checkpoint",
 }
 
-_PACKAGES = ("compression",)
+_PACKAGES = ("compression", "fusion")
 
 __all__ = ["__version__", *_NAMES, *_PACKAGES]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -17,7 +17,7 @@ LEAVES = {"policies", "budget", "decisions", "errors"}
 ALLOWED = {"errors": set(), "decisions": LEAVES, "budget": LEAVES, "policies": LEAVES}
 FORBIDDEN = {
     room: {"callbacks", "nlp", "app", "report"}
-    for room in ("resources", "execution", "pruning", "compression", "_lightning")
+    for room in ("resources", "execution", "pruning", "compression", "fusion", "_lightning")
 }
 FORBIDDEN["family"] = {"callbacks", "nlp", "app"}
 FORBIDDEN["callbacks"] = {"nlp", "app", "report"}
