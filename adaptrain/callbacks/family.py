@@ -41,7 +41,8 @@ class FamilyCheckpoint(AdaptiveCallback):
     it had until the next, and the final one. They lie in `family/` of the run's folder, each written at once and
     whole; tensors that several of them share are stored once. After training each is validated as the module
     validates itself, and measured: latency (the members taking turns), FLOPs and peak memory at each of the shapes,
-    parameters and size. `adaptrain.ModelFamily.load(run_dir)` opens them.
+    parameters and size. `adaptrain.ModelFamily.load(run_dir)` opens them. With `ElasticTraining` the networks that were
+    trained inside of the final model are members, too.
 
     The trained module ends as it would without this callback, and `WallClock` does not count what comes after
     training. A run that was killed goes on with the members that its checkpoint knows of, and takes later ones again.

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from adaptrain.family.model_family import ModelFamily
 
 _TURNS = 3
-_TURN_S = 10.0  # a turn that takes longer is not repeated
+_TURN_S = 20.0  # a turn that takes longer is not repeated
+_PIECE = 4  # batches that one answers before it is another's turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,11 @@ class Cascade:
     def __repr__(self) -> str:
         return f"Cascade({self.small.name!r} → {self.large.name!r}, threshold={self.threshold:.4g})"
 
+    @property
+    def pad_id(self) -> int:
+        """The id that batches are padded with."""
+        return self._family.pad_id
+
     def predict(
         self,
         texts: str | Sequence[str],
@@ -176,9 +182,8 @@ class Cascade:
             batch_size: Samples at once.
             progress: Told how many more samples are done.
         """
-        pad_id = self._family.pad_id
         small = self.small.model(self.device)
-        probabilities = self._probabilities(self.small, class_logits(small, ids, pad_id, batch_size=batch_size))
+        probabilities = self._probabilities(self.small, class_logits(small, ids, self.pad_id, batch_size=batch_size))
         asked = probabilities.max(-1).values < self.threshold
         if progress is not None:
             progress(int((~asked).sum()))
@@ -186,7 +191,7 @@ class Cascade:
         if len(places):
             large = self.large.model(self.device)
             chosen = [ids[place] for place in places.tolist()]
-            logits = class_logits(large, chosen, pad_id, batch_size=batch_size, progress=progress)
+            logits = class_logits(large, chosen, self.pad_id, batch_size=batch_size, progress=progress)
             probabilities[places] = self._probabilities(self.large, logits)
         return probabilities, asked
 
@@ -194,25 +199,26 @@ class Cascade:
         return (logits / self.temperatures[member.name]).softmax(-1)
 
 
+def alone(member: Member, cascade: Cascade, batch_size: int) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Returns what lets a member answer by itself, where the cascade does."""
+    model, pad_id = member.model(cascade.device), cascade.pad_id
+    return lambda piece: class_logits(model, piece, pad_id, batch_size=batch_size)
+
+
 def judge(cascade: Cascade, samples: Samples, *, batch_size: int, chosen_on: int, device: str) -> CascadeReport:
     """Measures a cascade beside its two members on samples that it was not chosen on.
 
     The three take turns; of each the median over the faster half of its turns counts.
     """
-    family, ids = cascade._family, samples.ids
-
-    def alone(member: Member) -> Callable[[], Tensor]:
-        model = member.model(cascade.device)
-        return lambda: class_logits(model, ids, family.pad_id, batch_size=batch_size)
-
-    runs: dict[str, Callable[[], Any]] = {
-        "small": alone(cascade.small),
-        "cascade": lambda: cascade.classify(ids, batch_size=batch_size),
-        "large": alone(cascade.large),
+    ids = samples.ids
+    runs: dict[str, Callable[[Sequence[Tensor]], Any]] = {
+        "small": alone(cascade.small, cascade, batch_size),
+        "cascade": lambda piece: cascade.classify(piece, batch_size=batch_size),
+        "large": alone(cascade.large, cascade, batch_size),
     }
-    results, seconds = in_turns(runs, cascade.device)
-    probabilities, asked = results["cascade"]
-    logits = results["small"]
+    results, seconds = in_turns(runs, ids, batch_size, cascade.device)
+    probabilities, asked = (torch.cat(parts) for parts in zip(*results["cascade"], strict=True))
+    logits, large_logits = torch.cat(results["small"]), torch.cat(results["large"])
     calibrated = (logits / cascade.temperatures[cascade.small.name]).softmax(-1)
     return CascadeReport(
         small=cascade.small.name,
@@ -221,7 +227,7 @@ def judge(cascade: Cascade, samples: Samples, *, batch_size: int, chosen_on: int
         temperatures=cascade.temperatures,
         metric=_accuracy(probabilities, samples.labels),
         small_metric=_accuracy(logits, samples.labels),
-        large_metric=_accuracy(results["large"], samples.labels),
+        large_metric=_accuracy(large_logits, samples.labels),
         escalated=float(asked.float().mean()),
         throughput=len(samples) / seconds["cascade"],
         small_throughput=len(samples) / seconds["small"],
@@ -235,21 +241,35 @@ def judge(cascade: Cascade, samples: Samples, *, batch_size: int, chosen_on: int
     )
 
 
-def in_turns(runs: Mapping[str, Callable[[], Any]], device: torch.device) -> tuple[dict[str, Any], dict[str, float]]:
-    """Returns what functions return, and the seconds each takes: the functions take turns, after a warm-up of one."""
-    results: dict[str, Any] = {}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    runs[names[0]]()
+def in_turns(
+    runs: Mapping[str, Callable[[Sequence[Tensor]], Any]], ids: Sequence[Tensor], batch_size: int, device: torch.device
+) -> tuple[dict[str, list[Any]], dict[str, float]]:
+    """Returns what functions make of samples, piece by piece, and the seconds each takes for all of them.
+
+    On every piece of a few batches the functions take turns, in an order that rotates, so that a machine that is busy
+    for a while slows all of them and not one; of repeated rounds the median over the faster half counts.
+    """
+    names, size = list(runs), _PIECE * batch_size
+    pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
+    results: dict[str, list[Any]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        runs[name](pieces[0][:batch_size])  # a warm-up
     for turn in range(_TURNS):
-        for position in range(len(names)):
-            name = names[(turn + position) % len(names)]
-            began = time.perf_counter()
-            results[name] = runs[name]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(time.perf_counter() - began)
-        if sum(each[-1] for each in times.values()) > _TURN_S:
+        spent = dict.fromkeys(names, 0.0)
+        for number, piece in enumerate(pieces):
+            for position in range(len(names)):
+                name = names[(turn + number + position) % len(names)]
+                began = time.perf_counter()
+                found = runs[name](piece)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                spent[name] += time.perf_counter() - began
+                if turn == 0:
+                    results[name].append(found)
+        for name in names:
+            times[name].append(spent[name])
+        if sum(spent.values()) > _TURN_S:
             break
     return results, {name: statistics.median(sorted(each)[: (len(each) + 1) // 2]) for name, each in times.items()}
 

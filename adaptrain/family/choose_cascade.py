@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.family.calibration import fit_temperature
-from adaptrain.family.cascade import Cascade, in_turns, judge
+from adaptrain.family.cascade import Cascade, alone, in_turns, judge
 from adaptrain.family.member import Member, class_logits
 from adaptrain.family.samples import Samples
 from adaptrain.policies.cascade import accuracy_at, threshold_for_accuracy, threshold_for_share
@@ -66,7 +65,7 @@ def choose(
     chosen_on, judged_on = samples.pick(first), samples.pick(second)
     seen = _look(family, chosen_on, batch_size, device)
     best = _named(family, seen, large) if large is not None else _best(family, seen)
-    smaller = [each for each in seen if each.seconds < best.seconds and each is not best]
+    smaller = [each for each in seen if each.seconds < best.seconds and each.member.params < best.member.params]
     if small is not None:
         smaller = [_named(family, seen, small)]
         if smaller[0].seconds >= best.seconds:
@@ -108,15 +107,16 @@ def _look(family: ModelFamily, samples: Samples, batch_size: int, device: torch.
     models = {member.name: member.model(device) for member in family.members}
 
     def answer(model: Any) -> Any:
-        return lambda: class_logits(model, samples.ids, family.pad_id, batch_size=batch_size)
+        return lambda piece: class_logits(model, piece, family.pad_id, batch_size=batch_size)
 
-    logits, seconds = in_turns({name: answer(model) for name, model in models.items()}, device)
+    runs = {name: answer(model) for name, model in models.items()}
+    answers, seconds = in_turns(runs, samples.ids, batch_size, device)
     seen = []
     for member in family.members:
-        own: Tensor = logits[member.name]
+        own = torch.cat(answers[member.name])
         temperature = fit_temperature(own, samples.labels)
-        confidences, answers = (own / temperature).softmax(-1).max(-1)
-        right = (answers == samples.labels).tolist()
+        confidences, classes = (own / temperature).softmax(-1).max(-1)
+        right = (classes == samples.labels).tolist()
         seen.append(_Seen(member, temperature, confidences.tolist(), right, seconds[member.name]))
     return seen
 
@@ -155,17 +155,13 @@ def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch
 
     Samples that the small model is unsure of may be longer than others, and batches not full: sums do not tell.
     """
-    family = cascade._family
-    large = cascade.large.model(cascade.device)
+    runs = {
+        "cascade": lambda piece: cascade.classify(piece, batch_size=batch_size),
+        "large": alone(cascade.large, cascade, batch_size),
+    }
     share = cost * _AIM - plan.small.seconds / plan.large.seconds
     for _ in range(_ROUNDS):
-        _, seconds = in_turns(
-            {
-                "cascade": lambda: cascade.classify(samples.ids, batch_size=batch_size),
-                "large": lambda: class_logits(large, samples.ids, family.pad_id, batch_size=batch_size),
-            },
-            cascade.device,
-        )
+        _, seconds = in_turns(runs, samples.ids, batch_size, cascade.device)
         over = seconds["cascade"] / seconds["large"] - cost
         if over <= 0 or share <= 0:
             return
