@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adaptrain.family.model_family import ModelFamily
 
 _AIM = 0.98  # of a cost: what noise may take away again
-_ROUNDS = 4
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -163,20 +163,25 @@ def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch
     for _ in range(_ROUNDS):
         _, seconds = in_turns(runs, samples.ids, batch_size, cascade.device)
         over = seconds["cascade"] / seconds["large"] - cost
-        if over <= 0 or share <= 0:
+        if over <= 0:
             return
+        if share <= 0:
+            raise ConfigurationError(_too_slow(cascade.small, cascade.large, over + cost, cost))
         share = max(0.0, share - over - (1 - _AIM) * cost)
         cascade.threshold = threshold_for_share(plan.small.confidences, share)
+
+
+def _too_slow(small: Member, large: Member, least: float, cost: float) -> str:
+    return (
+        f"cost={cost:g} cannot be met: {small.name!r} alone, which sees every sample, takes {least:.2f} of the time of"
+        f" {large.name!r}, {least - cost:.2g} too much. Raise the cost, or prune further."
+    )
 
 
 def _why_not(smaller: list[_Seen], large: _Seen, cost: float | None, accuracy: float | None) -> str:
     if cost is not None:
         fastest = min(smaller, key=lambda each: each.seconds)
-        least = fastest.seconds / large.seconds
-        return (
-            f"cost={cost:g} cannot be met: {fastest.member.name!r} alone, which sees every sample, takes {least:.2f} of"
-            f" the time of {large.member.name!r}, {least - cost:.2g} too much. Raise the cost, or prune further."
-        )
+        return _too_slow(fastest.member, large.member, fastest.seconds / large.seconds, cost)
     assert accuracy is not None
     reached = max(
         accuracy_at(small.confidences, small.right, large.right, threshold)
