@@ -130,7 +130,9 @@ def answer(model: Any, texts: Iterable[str], total: int | None, given: argparse.
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     typed = given.text is None and given.file == "-" and sys.stdin.isatty()
-    options = {"batch_size": given.batch_size or BATCH, "max_new_tokens": given.max_new_tokens}
+    options = {"batch_size": given.batch_size or BATCH}
+    if given.cascade is None:
+        options["max_new_tokens"] = given.max_new_tokens
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=typed) as bar:
         task = bar.add_task("texts", total=total, visible=total is not None and total >= LONG)

@@ -154,7 +154,6 @@ class Cascade:
         *,
         batch_size: int = 32,
         progress: Progress | None = None,
-        **_: Any,
     ) -> list[Prediction]:
         """Returns the label of each text, in their order; `member` says who answered.
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adaptrain.family.model_family import ModelFamily
 
 _AIM = 0.98  # of a cost: what noise may take away again
+_NEAR = 0.93  # of a cost: below it, more could be escalated
 _ROUNDS = 3
 
 
@@ -151,7 +152,7 @@ def _plan(small: _Seen, large: _Seen, cost: float | None, accuracy: float | None
 
 
 def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch_size: int) -> None:
-    """Measures the cascade, and lowers its threshold until the measured cost is what was asked.
+    """Measures the cascade, and moves its threshold until the measured cost is at what was asked.
 
     Samples that the small model is unsure of may be longer than others, and batches not full: sums do not tell.
     """
@@ -159,16 +160,21 @@ def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch
         "cascade": lambda piece: cascade.classify(piece, batch_size=batch_size),
         "large": alone(cascade.large, cascade, batch_size),
     }
-    share = cost * _AIM - plan.small.seconds / plan.large.seconds
+    share = min(1.0, cost * _AIM - plan.small.seconds / plan.large.seconds)
+    fits, fitting = -1.0, cascade.threshold
     for _ in range(_ROUNDS):
         _, seconds = in_turns(runs, samples.ids, batch_size, cascade.device)
-        over = seconds["cascade"] / seconds["large"] - cost
-        if over <= 0:
-            return
-        if share <= 0:
-            raise ConfigurationError(_too_slow(cascade.small, cascade.large, over + cost, cost))
-        share = max(0.0, share - over - (1 - _AIM) * cost)
+        measured = seconds["cascade"] / seconds["large"]
+        if measured <= cost and share > fits:
+            fits, fitting = share, cascade.threshold
+        if cost * _NEAR <= measured <= cost or (measured <= cost and share >= 1):
+            break
+        if measured > cost and share <= 0:
+            raise ConfigurationError(_too_slow(cascade.small, cascade.large, measured, cost))
+        share = min(1.0, max(0.0, share + cost * _AIM - measured))
         cascade.threshold = threshold_for_share(plan.small.confidences, share)
+    if fits >= 0:
+        cascade.threshold = fitting
 
 
 def _too_slow(small: Member, large: Member, least: float, cost: float) -> str:
