@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adaptrain.family.model_family import ModelFamily
 
 _TURNS = 3
-_TURN_S = 5.0  # a turn that takes longer is not repeated
+_TURN_S = 10.0  # a turn that takes longer is not repeated
 _PIECE = 4  # batches that one answers before it is another's turn
 
 

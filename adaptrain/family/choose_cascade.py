@@ -84,21 +84,28 @@ def choose(
     plans = [plan for each in smaller if (plan := _plan(each, best, cost, accuracy)) is not None]
     if not plans:
         raise ConfigurationError(_why_not(smaller, best, cost, accuracy))
-    plan = (
-        max(plans, key=lambda each: (each.accuracy, -each.cost))
-        if accuracy is None
-        else min(plans, key=lambda each: each.cost)
-    )
-    cascade = Cascade(
-        family,
-        plan.small.member,
-        plan.large.member,
-        threshold=plan.threshold,
-        temperatures={each.member.name: each.temperature for each in (plan.small, plan.large)},
-        device=device,
-    )
-    if cost is not None:
-        _correct(cascade, plan, chosen_on, cost, batch_size)
+    if accuracy is None:
+        plans.sort(key=lambda each: (-each.accuracy, each.cost))
+    else:
+        plans.sort(key=lambda each: each.cost)
+    missed: list[tuple[float, Member]] = []
+    for plan in plans:
+        cascade = Cascade(
+            family,
+            plan.small.member,
+            plan.large.member,
+            threshold=plan.threshold,
+            temperatures={each.member.name: each.temperature for each in (plan.small, plan.large)},
+            device=device,
+        )
+        over = None if cost is None else _correct(cascade, plan, chosen_on, cost, batch_size)
+        if over is None:
+            break
+        missed.append((over, plan.small.member))
+    else:
+        assert cost is not None
+        least, member = min(missed, key=lambda each: each[0])
+        raise ConfigurationError(_too_slow(member, best.member, least, cost))
     cascade.report = judge(cascade, judged_on, batch_size=batch_size, chosen_on=len(chosen_on), device=device_name)
     return cascade
 
@@ -151,10 +158,13 @@ def _plan(small: _Seen, large: _Seen, cost: float | None, accuracy: float | None
     return _Plan(small, large, threshold, base + escalated, reached)
 
 
-def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch_size: int) -> None:
+def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch_size: int) -> float | None:
     """Measures the cascade, and moves its threshold until the measured cost is at what was asked.
 
     Samples that the small model is unsure of may be longer than others, and batches not full: sums do not tell.
+
+    Returns:
+        None; or the measured cost without any escalation, where that alone is too much.
     """
     runs = {
         "cascade": lambda piece: cascade.classify(piece, batch_size=batch_size),
@@ -170,11 +180,12 @@ def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch
         if cost * _NEAR <= measured <= cost or (measured <= cost and share >= 1):
             break
         if measured > cost and share <= 0:
-            raise ConfigurationError(_too_slow(cascade.small, cascade.large, measured, cost))
+            return measured
         share = min(1.0, max(0.0, share + cost * _AIM - measured))
         cascade.threshold = threshold_for_share(plan.small.confidences, share)
     if fits >= 0:
         cascade.threshold = fitting
+    return None
 
 
 def _too_slow(small: Member, large: Member, least: float, cost: float) -> str:
