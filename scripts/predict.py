@@ -26,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from adaptrain.app.cores import share_cores
 from adaptrain.errors import ConfigurationError
 
 CHUNK = 1024  # texts that are read, sorted by length and answered together
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a text may hold what the terminal cannot say
+    share_cores()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         run(given)
@@ -128,7 +130,9 @@ def answer(model: Any, texts: Iterable[str], total: int | None, given: argparse.
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     typed = given.text is None and given.file == "-" and sys.stdin.isatty()
-    options = {"batch_size": given.batch_size or BATCH, "max_new_tokens": given.max_new_tokens}
+    options = {"batch_size": given.batch_size or BATCH}
+    if given.cascade is None:
+        options["max_new_tokens"] = given.max_new_tokens
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=typed) as bar:
         task = bar.add_task("texts", total=total, visible=total is not None and total >= LONG)

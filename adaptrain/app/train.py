@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from adaptrain.app import config, errors, overview, sweep
+from adaptrain.app.cores import share_cores
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def main() -> None:
     if len(sys.argv) == 1:
         print(overview.experiments_text())  # noqa: T201
         return
-    _share_cores()
+    share_cores()
     try:
         with overview.folded(sys.argv):
             _hydra_main()
@@ -52,16 +53,6 @@ def main() -> None:
         raise
     finally:
         sweep.clean_up()
-
-
-def _share_cores() -> None:
-    """Lets torch's OpenMP threads wait instead of spin, before torch is loaded; what the user has set stays.
-
-    On two cores beside one other training process, a forward pass of the quickstart's encoder took 113 ms so and 233 ms
-    with libgomp's default; alone 67 ms and 69 ms (medians).
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @hydra.main(version_base="1.3", config_path=str(config.config_dir()), config_name="train")

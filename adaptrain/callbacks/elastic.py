@@ -39,6 +39,10 @@ class ElasticTraining(AdaptiveCallback):
     the smallest network and one between, which learn to say what the model says (the sandwich rule with in-place
     distillation; Yu and Huang 2019). A step costs about as much more as those networks cost.
 
+    It needs many steps: the quickstart's 320, from scratch, gave 55.7% (whole) to 52.7% (0.35 of the latency) on
+    validation, one run, where `ProgressivePruning` ended at 70.6% at half the latency. What it buys is that the
+    networks are close to each other.
+
     The trained model is not smaller for it. With `FamilyCheckpoint` every network is a member of the family; their
     weights are on disk once, with the model.
 

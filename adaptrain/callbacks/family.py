@@ -14,8 +14,8 @@ from adaptrain._lightning.structure import forget_compiled
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.callbacks.family_recovery import check_recovery, describe_recovery, recover
 from adaptrain.errors import ConfigurationError
-from adaptrain.execution.distillation import is_causal
 from adaptrain.family import samples
+from adaptrain.family.about import describe, find_tokenizer, read_shapes, with_single
 from adaptrain.family.measure import measure_costs, shape_key
 from adaptrain.family.metric import choose_metric, finite
 from adaptrain.family.store import FOLDER, TOKENIZER, FamilyStore
@@ -81,7 +81,7 @@ class FamilyCheckpoint(AdaptiveCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(dry_run=dry_run, name=name)
-        self.latency_input = None if latency_input is None else _read_shapes(latency_input)
+        self.latency_input = None if latency_input is None else read_shapes(latency_input)
         if monitor is not None and not (isinstance(monitor, str) and monitor):
             raise ConfigurationError(f"monitor must name a validation metric, such as val/accuracy, got {monitor!r}.")
         if mode not in ("auto", "min", "max"):
@@ -123,7 +123,7 @@ class FamilyCheckpoint(AdaptiveCallback):
 
     def _open(self, trainer: Any, pl_module: Any) -> None:
         assert self._match is not None
-        shapes = self.latency_input or _with_single(typical_shape(trainer.train_dataloader))
+        shapes = self.latency_input or with_single(typical_shape(trainer.train_dataloader))
         store = FamilyStore(self.folder or _lightning.run_folder(trainer) / FOLDER)
         if self.dry_run:
             return
@@ -132,8 +132,9 @@ class FamilyCheckpoint(AdaptiveCallback):
             return
         if _lightning.resume_step(trainer) is None:
             store.begin()
-            store.write_about(self._about(trainer, pl_module, shapes))
-            tokenizer = _tokenizer(trainer, pl_module)
+            about = describe(self._match, shapes, data=trainer.datamodule, device=trainer.strategy.root_device)
+            store.write_about(about | {"metric": self.monitor, "mode": self.mode})
+            tokenizer = find_tokenizer(trainer.datamodule, pl_module)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(store.folder / TOKENIZER))
         else:
@@ -170,22 +171,6 @@ class FamilyCheckpoint(AdaptiveCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with them."""
         self._names = list(state_dict["members"])
-
-    def _about(self, trainer: Any, pl_module: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-        assert self._match is not None
-        config = getattr(self._match.model, "config", None)
-        named = getattr(config, "id2label", None) or {}
-        task = "language_model" if config is not None and is_causal(self._match.model) else "classification"
-        longest = getattr(trainer.datamodule, "max_length", None) or getattr(config, "max_position_embeddings", None)
-        return {
-            "task": task,
-            "labels": [str(named[index]) for index in sorted(named)] if task == "classification" else [],
-            "metric": self.monitor,
-            "mode": self.mode,
-            "max_length": longest or max(length for _, length in shapes.values()),
-            "shapes": {name: list(shape) for name, shape in shapes.items()},
-            "device_type": trainer.strategy.root_device.type,
-        }
 
     def _keep(self, trainer: Any, name: str, structure: structures.Structure | None = None) -> None:
         """Keeps the model as a member, or the units of a structure alone."""
@@ -313,31 +298,3 @@ def _reshape(match: Match, pl_module: Any, structure: structures.Structure, weig
         resize(match, structures.copy_of(structure))
         forget_compiled(pl_module)
     match.model.load_state_dict(weights)
-
-
-def _tokenizer(trainer: Any, pl_module: Any) -> Any | None:
-    for owner in (trainer.datamodule, pl_module):
-        tokenizer = getattr(owner, "tokenizer", None)
-        if hasattr(tokenizer, "save_pretrained"):
-            return tokenizer
-    return None
-
-
-def _with_single(shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    return {"batch": shape, "single": (1, shape[1])} if shape[0] > 1 else {"single": shape}
-
-
-def _read_shapes(given: Sequence[int] | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
-    named = dict(given) if isinstance(given, Mapping) else {"batch": given}
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, shape in named.items():
-        values = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else (shape,)
-        if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
-            raise ConfigurationError(
-                f"latency_input must be (batch, sequence), two whole numbers of at least 1, or such by name,"
-                f" got {given!r}."
-            )
-        shapes[str(name)] = values
-    if not shapes:
-        raise ConfigurationError(f"latency_input names no shape: got {given!r}. Give (batch, sequence).")
-    return shapes if isinstance(given, Mapping) else _with_single(shapes["batch"])

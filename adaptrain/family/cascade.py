@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adaptrain.family.model_family import ModelFamily
 
 _TURNS = 3
-_TURN_S = 20.0  # a turn that takes longer is not repeated
+_TURN_S = 10.0  # a turn that takes longer is not repeated
 _PIECE = 4  # batches that one answers before it is another's turn
 
 
@@ -154,7 +154,6 @@ class Cascade:
         *,
         batch_size: int = 32,
         progress: Progress | None = None,
-        **_: Any,
     ) -> list[Prediction]:
         """Returns the label of each text, in their order; `member` says who answered.
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from adaptrain.family.model_family import ModelFamily
 
 _AIM = 0.98  # of a cost: what noise may take away again
-_ROUNDS = 4
+_NEAR = 0.93  # of a cost: below it, more could be escalated
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -83,21 +84,28 @@ def choose(
     plans = [plan for each in smaller if (plan := _plan(each, best, cost, accuracy)) is not None]
     if not plans:
         raise ConfigurationError(_why_not(smaller, best, cost, accuracy))
-    plan = (
-        max(plans, key=lambda each: (each.accuracy, -each.cost))
-        if accuracy is None
-        else min(plans, key=lambda each: each.cost)
-    )
-    cascade = Cascade(
-        family,
-        plan.small.member,
-        plan.large.member,
-        threshold=plan.threshold,
-        temperatures={each.member.name: each.temperature for each in (plan.small, plan.large)},
-        device=device,
-    )
-    if cost is not None:
-        _correct(cascade, plan, chosen_on, cost, batch_size)
+    if accuracy is None:
+        plans.sort(key=lambda each: (-each.accuracy, each.cost))
+    else:
+        plans.sort(key=lambda each: each.cost)
+    missed: list[tuple[float, Member]] = []
+    for plan in plans:
+        cascade = Cascade(
+            family,
+            plan.small.member,
+            plan.large.member,
+            threshold=plan.threshold,
+            temperatures={each.member.name: each.temperature for each in (plan.small, plan.large)},
+            device=device,
+        )
+        over = None if cost is None else _correct(cascade, plan, chosen_on, cost, batch_size)
+        if over is None:
+            break
+        missed.append((over, plan.small.member))
+    else:
+        assert cost is not None
+        least, member = min(missed, key=lambda each: each[0])
+        raise ConfigurationError(_too_slow(member, best.member, least, cost))
     cascade.report = judge(cascade, judged_on, batch_size=batch_size, chosen_on=len(chosen_on), device=device_name)
     return cascade
 
@@ -150,33 +158,47 @@ def _plan(small: _Seen, large: _Seen, cost: float | None, accuracy: float | None
     return _Plan(small, large, threshold, base + escalated, reached)
 
 
-def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch_size: int) -> None:
-    """Measures the cascade, and lowers its threshold until the measured cost is what was asked.
+def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch_size: int) -> float | None:
+    """Measures the cascade, and moves its threshold until the measured cost is at what was asked.
 
     Samples that the small model is unsure of may be longer than others, and batches not full: sums do not tell.
+
+    Returns:
+        None; or the measured cost without any escalation, where that alone is too much.
     """
     runs = {
         "cascade": lambda piece: cascade.classify(piece, batch_size=batch_size),
         "large": alone(cascade.large, cascade, batch_size),
     }
-    share = cost * _AIM - plan.small.seconds / plan.large.seconds
+    share = min(1.0, cost * _AIM - plan.small.seconds / plan.large.seconds)
+    fits, fitting = -1.0, cascade.threshold
     for _ in range(_ROUNDS):
         _, seconds = in_turns(runs, samples.ids, batch_size, cascade.device)
-        over = seconds["cascade"] / seconds["large"] - cost
-        if over <= 0 or share <= 0:
-            return
-        share = max(0.0, share - over - (1 - _AIM) * cost)
+        measured = seconds["cascade"] / seconds["large"]
+        if measured <= cost and share > fits:
+            fits, fitting = share, cascade.threshold
+        if cost * _NEAR <= measured <= cost or (measured <= cost and share >= 1):
+            break
+        if measured > cost and share <= 0:
+            return measured
+        share = min(1.0, max(0.0, share + cost * _AIM - measured))
         cascade.threshold = threshold_for_share(plan.small.confidences, share)
+    if fits >= 0:
+        cascade.threshold = fitting
+    return None
+
+
+def _too_slow(small: Member, large: Member, least: float, cost: float) -> str:
+    return (
+        f"cost={cost:g} cannot be met: {small.name!r} alone, which sees every sample, takes {least:.2f} of the time of"
+        f" {large.name!r}, {least - cost:.2g} too much. Raise the cost, or prune further."
+    )
 
 
 def _why_not(smaller: list[_Seen], large: _Seen, cost: float | None, accuracy: float | None) -> str:
     if cost is not None:
         fastest = min(smaller, key=lambda each: each.seconds)
-        least = fastest.seconds / large.seconds
-        return (
-            f"cost={cost:g} cannot be met: {fastest.member.name!r} alone, which sees every sample, takes {least:.2f} of"
-            f" the time of {large.member.name!r}, {least - cost:.2g} too much. Raise the cost, or prune further."
-        )
+        return _too_slow(fastest.member, large.member, fastest.seconds / large.seconds, cost)
     assert accuracy is not None
     reached = max(
         accuracy_at(small.confidences, small.right, large.right, threshold)
