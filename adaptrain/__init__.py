@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adaptrain.callbacks.learning_rate import LearningRateController as LearningRateController
     from adaptrain.callbacks.monitor import ResourceMonitor as ResourceMonitor
     from adaptrain.callbacks.pruning import ProgressivePruning as ProgressivePruning
+    from adaptrain.callbacks.quantization import Quantization as Quantization
     from adaptrain.callbacks.random_state import RandomState as RandomState
     from adaptrain.callbacks.wall_clock import WallClock as WallClock
     from adaptrain.callbacks.weight_pruning import WeightPruning as WeightPruning
@@ -62,6 +63,7 @@ _NAMES = {
     "OneShotSchedule": "adaptrain.policies.sparsity",
     "Progress": "adaptrain.budget",
     "ProgressivePruning": "adaptrain.callbacks.pruning",
+    "Quantization": "adaptrain.callbacks.quantization",
     "RandomState": "adaptrain.callbacks.random_state",
     "ResourceMonitor": "adaptrain.callbacks.monitor",
     "ResourceSnapshot": "adaptrain.resources",

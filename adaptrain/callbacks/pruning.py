@@ -27,7 +27,7 @@ from adaptrain.pruning.optimizer_state import skip_empty
 from adaptrain.pruning.plain import uniform_kinds
 from adaptrain.pruning.pruner import Pruner
 from adaptrain.pruning.scorers import ScoreBy, check_importance, make_scorer
-from adaptrain.pruning.shape import typical_shape
+from adaptrain.pruning.shape import read_shape, typical_shape
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import check_optimizers, shrink
 from adaptrain.pruning.target import read_target
@@ -100,7 +100,7 @@ class ProgressivePruning(AdaptiveCallback):
         if uniform and "layers" in self.groups:
             raise ConfigurationError("uniform=True does not go with 'layers' in groups. Leave one of the two out.")
         self.uniform = uniform
-        self.latency_input = None if latency_input is None else _read_shape(latency_input)
+        self.latency_input = None if latency_input is None else read_shape(latency_input)
         self._kinds = tuple(kind for kind in self.groups if kind in KINDS)  # of units, which are scored
         self._reset()
 
@@ -332,12 +332,3 @@ def _read_round_to(round_to: str | int | Mapping[str, int]) -> str | int | dict[
             f" got {round_to!r}."
         )
     return dict(round_to) if isinstance(round_to, Mapping) else round_to
-
-
-def _read_shape(shape: Sequence[int]) -> tuple[int, int]:
-    values = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else (shape,)
-    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
-        raise ConfigurationError(
-            f"latency_input must be (batch, sequence), two whole numbers of at least 1, got {shape!r}."
-        )
-    return values

@@ -78,3 +78,17 @@ def _random_state_kept() -> Iterator[None]:
         torch.set_rng_state(states[1])
         if numpy is not None and numpy_state is not None:
             numpy.random.set_state(numpy_state)
+
+
+def read_shape(shape: Any) -> tuple[int, int]:
+    """Returns a (batch, sequence) from what a user gave as `latency_input`.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    values = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else (shape,)
+    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise ConfigurationError(
+            f"latency_input must be (batch, sequence), two whole numbers of at least 1, got {shape!r}."
+        )
+    return values

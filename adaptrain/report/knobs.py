@@ -24,6 +24,7 @@ _KNOB_LABELS = {
     "distillation": "distillation (the teacher's share of the loss)",
     "elastic": "elastic (networks that train)",
     "family": "family (members kept)",
+    "precision": "precision of the copy that is left",
     "recovery": "recovery (a member's metric)",
     "wall_clock": "wall clock (steps planned and taken)",
 }

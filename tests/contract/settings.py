@@ -103,6 +103,19 @@ SETTINGS = {
             frozenset({"distillation"}),
         ),
         Setting(
+            "Quantization",
+            "quantization",
+            {"method": "int8_weight", "latency_input": (4, 16)},
+            (
+                ({"method": "int3"}, "int3"),
+                ({"max_metric_drop": -1}, "max_metric_drop"),
+                ({"minimize": "joy"}, "minimize"),
+                ({"monitor": "val/something"}, "val/something"),
+                ({"latency_input": (0, 16)}, "latency_input"),
+            ),
+            frozenset({"precision"}),
+        ),
+        Setting(
             "ElasticTraining",
             "elastic",
             {"levels": (0.8, 0.6), "cost": "flops", "begin": 0.2},

@@ -1,0 +1,186 @@
+"""Leaves, beside the trained model, a copy of it in lower precision."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from adaptrain import _lightning
+from adaptrain._lightning.nested import validate_again
+from adaptrain.callbacks.base import AdaptiveCallback
+from adaptrain.compression.quantization import METHODS, Quantized, Trial, quantize, save_quantized
+from adaptrain.errors import ConfigurationError
+from adaptrain.family.about import find_tokenizer
+from adaptrain.family.metric import choose_metric
+from adaptrain.policies.learning_rate.build import metric_mode
+from adaptrain.pruning.families import find_family
+from adaptrain.pruning.family import Match
+from adaptrain.pruning.shape import read_shape, typical_shape
+
+_log = logging.getLogger(__name__)
+
+FOLDER = "quantized"
+
+
+class Quantization(AdaptiveCallback):
+    """Holds the model in lower precision once it is trained, by what that is measured to cost and to lose.
+
+    After fit, and after the structure was cut where `ProgressivePruning` is on, copies of the model in lower precision
+    are timed on the training device beside it, and validated as the module validates itself. The best of those that
+    lose little enough is written to `quantized/` in the run's folder, where `adaptrain.compression.load_quantized`
+    reads it. The trained module stays in full precision. See `adaptrain.compression.quantize` for what the methods buy.
+
+    Args:
+        method: `"auto"`, which tries all, or one of `"bf16"`, `"int8_dynamic"`, `"int8_weight"`, `"int4_weight"`.
+        max_metric_drop: How much worse than in full precision the metric may be, in its own units.
+        minimize: What is best among those that lose no more: `"latency"` or `"size"`.
+        monitor: The validation metric; None: an accuracy or its like, else the perplexity, else what was logged first.
+        latency_input: The (batch, sequence) to measure at. None: the loader's batch size and the median of the padded
+            lengths.
+        dry_run: Measure and record, write nothing.
+        name: Tells two instances apart in a checkpoint.
+
+    Raises:
+        ConfigurationError: An argument is out of its range; or, before training, the model is of no known family, or is
+            the LightningModule itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: str = "auto",
+        max_metric_drop: float = 0.01,
+        minimize: Literal["latency", "size"] = "latency",
+        monitor: str | None = None,
+        latency_input: Sequence[int] | None = None,
+        dry_run: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(dry_run=dry_run, name=name)
+        if method not in (*METHODS[1:], "auto"):
+            raise ConfigurationError(f"method must be one of auto, {', '.join(METHODS[1:])}, got {method!r}.")
+        if isinstance(max_metric_drop, bool) or not isinstance(max_metric_drop, (int, float)) or max_metric_drop < 0:
+            raise ConfigurationError(f"max_metric_drop must be a number of at least 0, got {max_metric_drop!r}.")
+        if minimize not in ("latency", "size"):
+            raise ConfigurationError(f"minimize must be latency or size, got {minimize!r}.")
+        if monitor is not None:
+            metric_mode(monitor, callback=type(self).__name__)  # refuses a name that does not tell which way is better
+        self.method = method
+        self.max_metric_drop = max_metric_drop
+        self.minimize: Literal["latency", "size"] = minimize
+        self.monitor = monitor
+        self.latency_input = None if latency_input is None else read_shape(latency_input)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._match: Match | None = None
+        self._trials: tuple[Trial, ...] = ()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Moves behind the other callbacks: the model is measured once the trainer is as it was found."""
+        if stage == "fit":
+            self._reset()
+            self.on_exit(_lightning.run_last(trainer, self))
+        super().setup(trainer, pl_module, stage)
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuses, before training, what cannot be quantized and validated."""
+        _lightning.refuse_unsupported(trainer, pl_module, callback=type(self).__name__)
+        self._match = find_family(pl_module)
+        if self._match.model is pl_module:
+            raise ConfigurationError(
+                f"{type(pl_module).__name__} is the model and the LightningModule in one, so that no other model can be"
+                " validated in its place. Hold the model as an attribute."
+            )
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """After fit, makes the copy; the other callbacks have left the trainer by then."""
+        if stage == "fit" and self._match is not None:
+            self._quantize(trainer, pl_module, self._match)
+        super().teardown(trainer, pl_module, stage)
+
+    def report(self) -> list[dict[str, Any]]:
+        """Returns what was tried, after fit: `method`, `latency_ms`, `size_bytes`, `metric`, and why it was refused."""
+        return [dict(vars(trial)) for trial in self._trials]
+
+    def _quantize(self, trainer: Any, pl_module: Any, match: Match) -> None:
+        shape = self.latency_input or typical_shape(trainer.train_dataloader)
+        first = validate_again(trainer, pl_module)
+        chosen = (self.monitor, metric_mode(self.monitor)) if self.monitor else choose_metric(first)
+        if chosen is not None and chosen[0] not in first:
+            chosen = None
+        if chosen is None:
+            _log.warning(
+                "Validation logs no metric%s, so lower precision is chosen by cost alone.",
+                f" {self.monitor!r}" if self.monitor else "",
+            )
+
+        def metric_of(model: Any) -> float:
+            assert chosen is not None
+            with _in_place_of(match.model, model, pl_module):
+                return validate_again(trainer, pl_module)[chosen[0]]
+
+        quantized = quantize(
+            match.model,
+            self.method,
+            example_inputs=match.example_inputs(*shape),
+            evaluate=metric_of if chosen else None,
+            mode=chosen[1] if chosen else "max",
+            max_metric_drop=self.max_metric_drop,
+            minimize=self.minimize,
+        )
+        # Ranks measure other times, and one of them decides; each has built the same models.
+        method, trials = _lightning.broadcast(trainer, (quantized.method, [vars(t) for t in quantized.trials]))
+        self._trials = tuple(Trial(**trial) for trial in trials)
+        _log.info("Lower precision:\n%s", Quantized(None, method, self._trials).table())
+        folder = _lightning.run_folder(trainer) / FOLDER
+        if _lightning.is_rank_zero(trainer) and not self.dry_run:
+            self._save(quantized, folder, find_tokenizer(trainer.datamodule, pl_module))
+        self._record(trainer, method, shape, chosen[0] if chosen else None)
+
+    def _save(self, quantized: Quantized, folder: Path, tokenizer: Any) -> None:
+        if quantized.method == "int4_weight":
+            _log.warning("A model in 4 bits holds tensors of torchao and is not written; quantize it where it is used.")
+            return
+        save_quantized(quantized, folder, tokenizer=tokenizer)
+
+    def _record(self, trainer: Any, method: str, shape: tuple[int, int], metric: str | None) -> None:
+        tried = {trial.method: trial for trial in self._trials}
+        first: Any = tried["none"]  # both are measured, so that nothing of them is None
+        best: Any = tried[method]
+        reason = (
+            f"{best.latency_ms / first.latency_ms:.2f} of the time at {shape[0]} x {shape[1]} tokens and"
+            f" {best.size_bytes / first.size_bytes:.2f} of the size of full precision"
+        )
+        if metric is not None:
+            reason += f", {metric} {first.metric:.4g} → {best.metric:.4g}"
+        if method == "none":
+            better = "faster" if self.minimize == "latency" else "smaller"
+            reason = f"no lower precision is {better} here and loses little enough"
+        self.record(
+            trainer,
+            "precision",
+            old=str(next(trainer.lightning_module.parameters()).dtype).removeprefix("torch."),
+            new=method,
+            reason=reason,
+            readings={trial.method: trial.latency_ms for trial in self._trials},
+            offer=False,
+        )
+
+
+@contextmanager
+def _in_place_of(model: Any, other: Any, pl_module: Any) -> Iterator[None]:
+    """Puts another model where the module holds its own."""
+    places = [
+        (parent, name) for parent in pl_module.modules() for name, child in parent.named_children() if child is model
+    ]
+    try:
+        for parent, name in places:
+            setattr(parent, name, other)
+        yield
+    finally:
+        for parent, name in places:
+            setattr(parent, name, model)

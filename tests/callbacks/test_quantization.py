@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from adaptrain import ConfigurationError, OneShotSchedule, ProgressivePruning, Quantization
+from adaptrain.callbacks.base import decision_log
+from adaptrain.compression import load_quantized
+from adaptrain.compression.int8 import Int8Linear
+from tests.toys import TextModule, quiet_trainer, text_loader, tiny_bert, weights
+
+
+class Judged(TextModule):
+    """Logs an accuracy that the test sets by the kind of model that is validated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = {"Linear": 0.9, "Int8Linear": 0.9}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/accuracy", self.accuracy[type(self.model.classifier).__name__])
+        self.log("val/loss", self.model(**batch).loss)
+
+
+def run(tmp_path, callback: Any, module: Any = None, others: Any = ()) -> Any:
+    module = module or Judged()
+    trainer = quiet_trainer(tmp_path, callbacks=[callback, *others], max_epochs=2, num_sanity_val_steps=0)
+    trainer.fit(module, text_loader(), text_loader() if isinstance(module, Judged) else None)
+    return trainer, module
+
+
+def test_a_run_leaves_a_copy_in_lower_precision(tmp_path) -> None:
+    callback = Quantization(method="int8_dynamic")
+    pruning = ProgressivePruning(target={"flops": 0.6}, schedule=OneShotSchedule(at=0.5))
+    trainer, module = run(tmp_path, callback, others=[pruning])
+    assert module.model.classifier.weight.dtype == torch.float32  # the trained one stays
+    small = load_quantized(tmp_path / "quantized")
+    assert type(small.classifier) is Int8Linear
+    inputs = dict(next(iter(text_loader())))
+    with torch.no_grad():
+        expected, said = module.model.eval()(**inputs).logits, small(**inputs).logits
+    assert float((said - expected).abs().max()) < 0.1 * float(expected.abs().max())
+    decision = next(d for d in decision_log(trainer) if d.knob == "precision")
+    assert (decision.old, decision.new) == ("float32", "int8_dynamic")
+    assert "val/accuracy 0.9 → 0.9" in decision.reason
+    assert [trial["method"] for trial in callback.report()] == ["none", "int8_dynamic"]
+
+
+def test_what_loses_too_much_is_not_chosen(tmp_path, caplog) -> None:
+    module = Judged()
+    module.accuracy = {"Linear": 0.9, "Int8Linear": 0.8}
+    callback = Quantization(minimize="size", max_metric_drop=0.05)
+    with caplog.at_level(logging.INFO, logger="adaptrain"):
+        run(tmp_path, callback, module)
+    trials = {trial["method"]: trial for trial in callback.report()}
+    assert "loses 0.1, more than max_metric_drop=0.05" in trials["int8_weight"]["refused"]
+    assert load_quantized(tmp_path / "quantized").dtype == torch.bfloat16
+    assert "bf16" in caplog.text
+
+
+def test_without_validation_it_goes_by_cost_and_says_so(tmp_path, caplog) -> None:
+    run(tmp_path, Quantization(minimize="size"), TextModule())
+    assert "chosen by cost alone" in caplog.text
+    assert (tmp_path / "quantized" / "model.safetensors").is_file()
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_be(tmp_path) -> None:
+    plain = TextModule()
+    quiet_trainer(tmp_path / "plain", max_epochs=2).fit(plain, text_loader())
+    trainer, module = run(tmp_path / "dry", Quantization(method="bf16", dry_run=True), TextModule())
+    assert torch.equal(weights(module), weights(plain))
+    assert not (tmp_path / "dry" / "quantized").exists()
+    assert [d.applied for d in decision_log(trainer) if d.knob == "precision"] == [False]
+
+
+def test_a_module_that_is_its_own_model_is_refused(tmp_path) -> None:
+    class Both(TextModule):
+        def __init__(self) -> None:
+            super().__init__(torch.nn.Identity())
+            self.bert = tiny_bert().bert
+            self.config, self.base_model_prefix = self.bert.config, "bert"
+
+        @property
+        def base_model(self) -> Any:
+            return self.bert
+
+    with pytest.raises(ConfigurationError, match="in one"):
+        run(tmp_path, Quantization(), Both())
