@@ -47,7 +47,10 @@ ARMS = (
     "lightning@0.5",
     "lightning@0.28",
 )
-COLUMNS = ("arm", "runs", "dev %", "test %", "vs dense", "latency", "params M", "zeros", "wall s", "peak GiB", "events")
+COLUMNS = (
+    *("arm", "runs", "dev %", "test %", "vs dense", "latency", "params M", "zeros", "wall s", "peak GiB", "events"),
+    *("table s", "scoring s", "cutting s"),  # of the wall time: costs measured, units scored, events carried out
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -178,6 +181,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{median('wall_s'):.0f}",
                 f"{median('peak_gib'):.2f}",
                 f"{median('events'):g}",
+                *(_spent(runs, name) for name in ("table", "scoring", "events")),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
@@ -186,6 +190,11 @@ def table(results: list[dict[str, Any]]) -> str:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _spent(runs: list[dict[str, Any]], name: str) -> str:
+    seconds = [run["spent_s"][name] for run in runs if name in run["spent_s"]]
+    return f"{statistics.median(seconds):.1f}" if seconds else "-"
 
 
 def _mean(values: list[float], *, sign: str = "") -> str:
