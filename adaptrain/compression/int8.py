@@ -75,7 +75,7 @@ class Int8Linear(nn.Module):
         with warnings.catch_warnings():
             # Torch is to drop quantized tensors one day; its kernel for the CPU takes weights in no other form yet.
             warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
-            make = torch.ops.aten._make_per_channel_quantized_tensor
+            make: Any = torch._make_per_channel_quantized_tensor  # pyright: ignore[reportPrivateImportUsage]
             weight = make(multiples, steps.double(), zeros, 0)
             return torch.ops.quantized.linear_prepack(weight, self.bias)
 

@@ -58,6 +58,7 @@ def test_a_run_is_asked(
     assert "family (members kept): 3 decisions, 0 → 3" in outcome.out
     run = only_run(workplace)
 
+    monkeypatch.setenv("COLUMNS", "120")  # a narrow terminal folds the heads of the columns
     table = predict("--run", run, "--table")
     assert table.code == 0, table.err
     assert all(name in table.out for name in ("dense", "pruned-1", "final", "accuracy", "4x16", "1x16"))
