@@ -26,7 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "both": {"target": {"flops": 0.5}, "latency_input": [8, 16]},
     # 7 of 8 heads: a layer is left with none, and its parameters are empty.
     "heads": {"target": {"params": 0.67}, "groups": ["heads"], "importance": "magnitude"},
-    "layers": {"target": {"flops": 0.1}, "groups": ["heads", "ffn", "layers"], "latency_input": [8, 16]},
+    "layers": {"target": {"flops": 0.04}, "groups": ["heads", "ffn", "layers"], "latency_input": [8, 16]},
     "latency": {"target": {"latency": 0.95}, "latency_input": [4, 8]},
 }
 
