@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from adaptrain.callbacks.pruning import ProgressivePruning as ProgressivePruning
     from adaptrain.callbacks.quantization import Quantization as Quantization
     from adaptrain.callbacks.random_state import RandomState as RandomState
+    from adaptrain.callbacks.soup import WeightSoup as WeightSoup
     from adaptrain.callbacks.wall_clock import WallClock as WallClock
     from adaptrain.callbacks.weight_pruning import WeightPruning as WeightPruning
     from adaptrain.decisions import Decision as Decision
@@ -69,6 +70,7 @@ _NAMES = {
     "ResourceSnapshot": "adaptrain.resources",
     "WallClock": "adaptrain.callbacks.wall_clock",
     "WeightPruning": "adaptrain.callbacks.weight_pruning",
+    "WeightSoup": "adaptrain.callbacks.soup",
     "load_from_checkpoint": "adaptrain.pruning.checkpoint",
 }
 

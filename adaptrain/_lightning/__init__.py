@@ -29,7 +29,7 @@ else:
 from adaptrain._lightning.loader import share_of_data
 from adaptrain._lightning.position import batches_trained
 from adaptrain._lightning.resume import replay_random_state
-from adaptrain._lightning.stop import run_last, work_follows_batch
+from adaptrain._lightning.stop import run_before, run_last, work_follows_batch
 from adaptrain._lightning.trainer import (
     all_gather,
     all_reduce,
@@ -60,6 +60,7 @@ __all__ = [
     "refuse_unsupported",
     "replay_random_state",
     "resume_step",
+    "run_before",
     "run_folder",
     "run_last",
     "seed_everything",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
+from weakref import WeakKeyDictionary
 
 
 def work_follows_batch(trainer: Any) -> bool:
@@ -22,18 +23,33 @@ def work_follows_batch(trainer: Any) -> bool:
     )
 
 
+_MOVED: WeakKeyDictionary[Any, tuple[list[Any], list[Any]]] = WeakKeyDictionary()  # the order found, and who has moved
+
+
 def run_last(trainer: Any, callback: Any) -> Callable[[], None]:
     """Moves `callback` behind all others, `ModelCheckpoint` included, so that it sees what they did in a hook.
 
     Returns:
-        What moves it back.
+        What undoes it: once all that have moved have come back, the order is what it was.
     """
-    place = trainer.callbacks.index(callback)
+    found, moved = _MOVED.setdefault(trainer, (list(trainer.callbacks), []))
+    moved.append(callback)
     # A new list: Lightning is iterating over the old one.
     trainer.callbacks = [*(other for other in trainer.callbacks if other is not callback), callback]
 
     def undo() -> None:
-        others = [other for other in trainer.callbacks if other is not callback]
-        trainer.callbacks = [*others[:place], callback, *others[place:]]
+        moved[:] = [other for other in moved if other is not callback]
+        if not moved:
+            added = [other for other in trainer.callbacks if not any(other is known for known in found)]
+            trainer.callbacks = [*found, *added]
+            _MOVED.pop(trainer, None)
 
     return undo
+
+
+def run_before(trainer: Any, callback: Any, names: Collection[str]) -> None:
+    """Moves `callback` before the first callback whose class has one of the names; where there is none, nowhere."""
+    others = [other for other in trainer.callbacks if other is not callback]
+    place = next((i for i, other in enumerate(others) if type(other).__name__ in names), None)
+    if place is not None and place < trainer.callbacks.index(callback):
+        trainer.callbacks = [*others[:place], callback, *others[place:]]

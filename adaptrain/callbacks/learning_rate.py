@@ -15,9 +15,9 @@ from adaptrain.errors import ConfigurationError
 from adaptrain.execution.host_snapshot import HostSnapshot
 from adaptrain.execution.rate_hook import RateHook
 from adaptrain.execution.step_sensor import StepSensor
-from adaptrain.execution.update_probe import sets_own_rate, update_kind, why_off
+from adaptrain.execution.update_probe import sets_own_rate, update_kind, were_trained, why_off
 from adaptrain.policies.learning_rate import Guard, Journal, MetricPlateau, Multiplier, Signal
-from adaptrain.policies.learning_rate.build import build_multiplier, check_switches, metric_mode
+from adaptrain.policies.learning_rate.build import build_multiplier, check_cap, check_switches, metric_mode
 
 
 class LearningRateController(AdaptiveCallback):
@@ -38,7 +38,9 @@ class LearningRateController(AdaptiveCallback):
 
     Args:
         align: Raise a rate that is too low.
-        cap: Limit a step that is too long.
+        cap: Limit a step that is too long: one that changes a typical weight matrix by more than 1.5% of its size, or
+            by 0.15% where the weights were trained before, as told by biases and norms that are not all alike. A number
+            is a limit of your own, such as 0.015 to go on with pretraining.
         plateau: Halve where the loss stands still. `"auto"`: while the scheduler's rate stands still too; True: always;
             False: never.
         recover: Raise the rate for a while after the model was pruned late in its schedule.
@@ -58,7 +60,7 @@ class LearningRateController(AdaptiveCallback):
         self,
         *,
         align: bool = True,
-        cap: bool = True,
+        cap: bool | float = True,
         plateau: bool | Literal["auto"] = "auto",
         recover: bool = True,
         guard: bool = True,
@@ -70,8 +72,9 @@ class LearningRateController(AdaptiveCallback):
     ) -> None:
         super().__init__(dry_run=dry_run, name=name)
         check_switches(
-            align=align, cap=cap, plateau=plateau, recover=recover, guard=guard, batch_scaling=batch_scaling, mode=mode
+            align=align, plateau=plateau, recover=recover, guard=guard, batch_scaling=batch_scaling, mode=mode
         )
+        check_cap(cap)
         self.align = align
         self.cap = cap
         self.plateau: bool | Literal["auto"] = plateau
@@ -116,6 +119,7 @@ class LearningRateController(AdaptiveCallback):
             own_rate=sets_own_rate(optimizer),
             align=self.align,
             cap=self.cap,
+            trained=were_trained(optimizer),
             plateau=self.plateau,
             recover=self.recover,
             guard=self.guard,
@@ -183,7 +187,8 @@ class LearningRateController(AdaptiveCallback):
     def _sense(self, trainer: Any, pl_module: Any, optimizer: Any) -> Signal:
         """Measures the step; one reduction makes all ranks see the same numbers."""
         scale = trainer.accumulate_grad_batches / max(1, len(self._window))  # an epoch's last window may be shorter
-        vector, probed = self._sensor.read(optimizer, self._window, scale=scale)
+        each = self._multiplier is not None and self._multiplier.is_searching
+        vector, probed = self._sensor.read(optimizer, self._window, scale=scale, each=each)
         loss, finite, *probes = _lightning.all_reduce(vector, device=pl_module.device)
         cosine, ratio = (None if math.isnan(value) else value for value in probes)
         return Signal(

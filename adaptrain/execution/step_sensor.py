@@ -19,7 +19,8 @@ class StepSensor:
     """Reads an optimizer step of one rank.
 
     Args:
-        probes: Measure the update's direction and size, at each of the first 16 steps and then at every fourth.
+        probes: Measure the update's direction and size, at each of the first 16 steps and of those that a reader asks
+            for, and else at every fourth.
         gradients: Look for gradients that are not finite.
     """
 
@@ -29,13 +30,16 @@ class StepSensor:
         self.steps = 0
         self.references: list[float] | None = None  # the norms that update sizes are measured by
 
-    def read(self, optimizer: Optimizer, losses: Sequence[Tensor], *, scale: float) -> tuple[list[float], int]:
+    def read(
+        self, optimizer: Optimizer, losses: Sequence[Tensor], *, scale: float, each: bool = False
+    ) -> tuple[list[float], int]:
         """Reads the step that is about to be taken; the numbers cost one transfer from the device.
 
         Args:
             optimizer: With gradients in place, unscaled, before clipping.
             losses: The loss of every batch in the accumulation window, divided by the window's length.
             scale: What the sum of `losses` is multiplied by to be their mean.
+            each: Whether to probe this step whichever it is.
 
         Returns:
             [loss, 1.0 where every gradient is finite, cos(g, u), median ‖û‖/‖θ_ref‖], nan where not known, and how
@@ -49,7 +53,7 @@ class StepSensor:
         if self.probes and self.references is None:
             self.references = reference_norms(optimizer)
         if self.probes and finite:
-            probed = 1 if self.steps < FIRST_STEPS else PROBE_EVERY * (self.steps % PROBE_EVERY == 0)
+            probed = 1 if each or self.steps < FIRST_STEPS else PROBE_EVERY * (self.steps % PROBE_EVERY == 0)
         if probed and self.references is not None:
             cosine, ratio = probe(optimizer, self.references)
         self.steps += 1

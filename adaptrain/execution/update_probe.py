@@ -80,6 +80,15 @@ def reference_norms(optimizer: Optimizer) -> list[float]:
     return [next(norms) if p.ndim >= 2 and p.numel() else 0.0 for p in parameters]
 
 
+def were_trained(optimizer: Optimizer) -> bool:
+    """Tells whether weights were trained before: most vectors (biases, scales of norms) hold more than one value.
+
+    Fresh ones are constant under the usual initialisations. Without vectors the answer is no.
+    """
+    vectors = [p.detach() for group in optimizer.param_groups for p in group["params"] if p.ndim == 1 and p.numel() > 1]
+    return 2 * sum(bool((p != p[0]).any()) for p in vectors) > len(vectors)
+
+
 def probe(optimizer: Optimizer, references: Sequence[float]) -> tuple[float | None, float | None]:
     """Measures the update before it is taken, on the optimizer's state as the last step left it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from typing import Any
 
 import lightning.pytorch
 import pytest
@@ -72,10 +73,10 @@ class Fixed(LearningRateController):
 
     def on_train_start(self, trainer, pl_module):
         super().on_train_start(trainer, pl_module)
-        align = Align()
+        align: Any = Align()
         align.log = math.log(3)
         self._multiplier = Multiplier(align=align)
-        self._multiplier.align.threshold = 2.0
+        align.observe = lambda *_, **__: None
 
 
 def train(root, module, controller=None, *, batches=12, **kwargs):
@@ -161,6 +162,26 @@ def test_a_rate_far_off_is_moved_the_right_way_in_both_namespaces(tmp_path, name
     assert trainer.optimizers[0].param_groups[0]["lr"] in (10.0, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("cap", "before", "kappa"), [(True, False, 0.015), (True, True, 0.0015), (0.1, True, 0.1), (False, True, None)]
+)
+def test_weights_that_were_trained_before_are_capped_at_shorter_steps(tmp_path, cap, before, kappa):
+    module = TextModule(tiny_bert(layers=1), lr=1e-3)
+    if before:
+        quiet_trainer(tmp_path / "before", max_epochs=1).fit(module, text_loader(text_samples(24)))
+    controller = LearningRateController(cap=cap)
+    checkpoint = tmp_path / "cut.ckpt"
+    trainer = quiet_trainer(tmp_path / "first", callbacks=[controller], max_epochs=1)
+    trainer.fit(module, text_loader(text_samples(24)))
+    trainer.save_checkpoint(checkpoint)
+    resumed = LearningRateController(cap=cap)
+    trainer = quiet_trainer(tmp_path / "second", callbacks=[resumed], max_epochs=2)
+    trainer.fit(TextModule(tiny_bert(layers=1), lr=1e-3), text_loader(text_samples(24)), ckpt_path=str(checkpoint))
+    for one in (controller, resumed):  # a run that is resumed goes on as it began
+        assert one._multiplier is not None
+        assert getattr(one._multiplier.cap, "kappa", None) == kappa
+
+
 def test_a_rate_too_low_is_raised_and_learns_more(tmp_path):
     plain, controlled = TextModule(tiny_bert(layers=1), lr=3e-5), TextModule(tiny_bert(layers=1), lr=3e-5)
     for module, callbacks in ((plain, []), (controlled, [controller := LearningRateController()])):
@@ -214,7 +235,7 @@ def test_the_seam_tells_the_loss_of_a_step_before_the_step(tmp_path, namespace):
 def test_resumed_in_mid_window_equals_uninterrupted(tmp_path, optimizer, accumulate):
     def fit(root, epochs, ckpt=None):
         module = Scheduled("CosineAnnealingLR", optimizer=optimizer)
-        controller = LearningRateController()
+        controller = LearningRateController(cap=1e-6)
         trainer = quiet_trainer(
             root, callbacks=[controller], max_epochs=4, accumulate_grad_batches=accumulate, enable_checkpointing=False
         )
@@ -398,6 +419,8 @@ def test_the_effective_rate_is_logged_per_group(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"cap": "yes"}, "cap must be True, False or the largest relative change in a step"),
+        ({"cap": 0}, "a number above 0; got 0"),
         ({"align": "yes"}, "align must be one of True, False; got 'yes'"),
         ({"plateau": "sometimes"}, "plateau must be one of 'auto', True, False"),
         ({"batch_scaling": "adascale"}, "batch_scaling must be one of 'auto', 'sqrt', 'linear', None; got 'adascale'"),

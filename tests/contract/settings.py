@@ -116,6 +116,19 @@ SETTINGS = {
             frozenset({"precision"}),
         ),
         Setting(
+            "WeightSoup",
+            "soup",
+            {},
+            (
+                ({"keep": 0}, "keep"),
+                ({"method": "minestrone"}, "minestrone"),
+                ({"monitor": 7}, "monitor"),
+                ({"monitor": "val/something"}, "val/something"),
+                ({"mode": "best"}, "mode"),
+                ({"begin": 1}, "begin"),
+            ),
+        ),
+        Setting(
             "ElasticTraining",
             "elastic",
             {"levels": (0.8, 0.6), "cost": "flops", "begin": 0.2},

@@ -30,36 +30,85 @@ def noisy(level: float, spread: float, count: int, seed: int = 0) -> list[float]
 # align
 
 
-def test_align_raises_while_gradients_agree_and_only_after_its_warmup():
-    align = Align()
-    for _ in range(10):
-        align.observe(0.3)
+def falling(count: int, *, by: float = 0.01) -> list[float]:
+    return [2.0 - by * step for step in range(count)]
+
+
+def test_align_raises_where_gradients_surely_agree_and_says_nothing_before():
+    align = Align(rise=0.5)
+    for value, loss in zip(noisy(0.05, 0.01, 4), falling(4), strict=True):
+        align.observe(value, loss=loss)
     assert align.value == 1.0
-    align.observe(0.3)
-    assert math.log(align.value) == pytest.approx(0.1 * (0.3 - 0.02))
+    align.observe(0.05, loss=1.9)
+    assert math.log(align.value) == pytest.approx(0.5)
 
 
-def test_align_rises_by_no_more_than_its_largest_rise():
-    align = Align(warmup=0)
-    align.observe(1.0)
-    assert math.log(align.value) == pytest.approx(0.05)
+def test_align_rises_faster_where_gradients_hardly_differ():
+    align = Align(rise=0.5)
+    for value in noisy(0.3, 0.01, 5):
+        align.observe(value)
+    assert math.log(align.value) == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize("cosine", [0.0, 0.015, -0.5])
-def test_align_leaves_a_good_rate_alone_and_never_lowers(cosine):
+def test_align_takes_a_hint_where_the_loss_stands_still_and_not_where_it_falls():
+    hint = [0.06, -0.02, 0.05, -0.01, 0.06, 0.0, 0.04, -0.01]  # 1.8 standard errors above 0
+    still, better = Align(), Align()
+    for value, flat, loss in zip(hint, noisy(2.0, 0.01, 8), falling(8), strict=True):
+        still.observe(value, loss=flat)
+        better.observe(value, loss=loss)
+    assert still.value > 1.0
+    assert better.value == 1.0
+
+
+def test_align_finds_agreement_that_is_mostly_noise():
+    """As measured on a classifier from scratch at a hundredth of its best rate: 0.036, with a spread of 0.038."""
+    align, rng = Align(), random.Random(0)
+    for _ in range(100):
+        align.observe(rng.gauss(0.036, 0.038), loss=2.07 + rng.gauss(0, 0.02))
+    assert align.value > 20
+
+
+@pytest.mark.parametrize("cosine", [0.0, -0.01, -0.5])
+def test_align_leaves_a_good_rate_alone_and_never_lowers_it(cosine):
+    """Over 20 runs of 200 samples with the loss falling, the rate stays within a factor of 2 in nearly all."""
+    ends = []
+    for seed in range(20):
+        align = Align()
+        for value, loss in zip(noisy(cosine, 0.03, 200, seed), falling(200), strict=True):
+            align.observe(value, loss=loss)
+            assert align.value >= 1.0
+        ends.append(align.value)
+    assert sorted(ends)[17] < 2.0
+
+
+def test_align_takes_back_a_raise_that_went_too_far():
     align = Align()
-    for value in noisy(cosine, 0.001, 500):
+    align.log = 1.0
+    for value in noisy(-0.05, 0.01, 40):
         align.observe(value)
     assert align.value == 1.0
 
 
-def test_align_of_a_probe_that_stands_for_four_steps_is_that_of_four_steps():
-    each, fourth = Align(), Align()
-    for step in range(400):
-        each.observe(0.1)
-        if step % 4 == 0:
-            fourth.observe(0.1, steps=4)
-    assert math.log(fourth.value) == pytest.approx(math.log(each.value), rel=0.02)
+def test_align_gives_the_direction_three_steps_to_follow():
+    align = Align()
+    for value in noisy(0.3, 0.01, 5):
+        align.observe(value)
+    raised = align.value
+    for value in noisy(0.3, 0.01, 3 + 4):
+        align.observe(value)
+    assert align.value == raised
+    align.observe(0.3)
+    assert align.value > raised
+
+
+def test_align_is_calm_after_a_test_without_an_outcome():
+    align = Align(patience=20)
+    for step, value in enumerate((0.03, -0.03) * 10):
+        assert not align.calm, step
+        align.observe(value)
+    assert align.calm
+    align.restart()
+    assert not align.calm
 
 
 def test_align_stops_at_its_ceiling_and_below_half_of_it_after_a_divergence():
@@ -69,7 +118,8 @@ def test_align_stops_at_its_ceiling_and_below_half_of_it_after_a_divergence():
     assert align.value == pytest.approx(100.0)
     align.relapse()
     assert align.value == pytest.approx(50.0)
-    align.observe(0.9)
+    for _ in range(20):
+        align.observe(0.9)
     assert align.value == pytest.approx(50.0)
 
 
@@ -320,18 +370,32 @@ def test_guard_cuts_deeper_at_each_rollback_and_regrows():
 
 
 def test_multiplier_bounds_the_product_and_then_scales_by_the_batch():
-    multiplier = Multiplier(align=Align(warmup=0, ceiling=1e6), batch=Batch(scaling="linear"))
+    multiplier = Multiplier(align=Align(ceiling=1e6), batch=Batch(scaling="linear"))
     for _ in range(500):
         multiplier.step(Signal(loss=1.0, rate=1e-3, probed=1, cosine=1.0))
-    assert multiplier.value == pytest.approx(100.0)
+    assert multiplier.value == pytest.approx(1000.0)
     multiplier.batch_changed(8, 16)
     for _ in range(20):
         multiplier.step(Signal(loss=1.0, rate=1e-3))
-    assert multiplier.value == pytest.approx(200.0)
+    assert multiplier.value == pytest.approx(2000.0)
 
 
-def test_a_binding_cap_takes_back_the_raise():
-    multiplier = Multiplier(align=Align(warmup=0), cap=Cap(kappa=0.015))
+@pytest.mark.parametrize(("rates", "raised"), [("constant", True), ("warm-up", False), ("annealed", False)])
+def test_align_does_not_work_against_a_schedule_that_is_low_on_purpose(rates, raised):
+    multiplier = Multiplier(align=Align())
+    made = {
+        "constant": [1e-3] * 60,
+        "warm-up": [1e-5 * step for step in range(1, 61)],
+        "annealed": [1e-3] + [4e-4] * 59,
+    }[rates]
+    for rate in made:
+        multiplier.step(Signal(loss=1.0, rate=rate, probed=1, cosine=0.5))
+    assert (multiplier.factors["align"] > 1) == raised
+    assert multiplier.is_searching == raised
+
+
+def test_a_binding_cap_takes_back_the_raise_down_to_four_times_what_it_allows():
+    multiplier = Multiplier(align=Align(), cap=Cap(kappa=0.015))
     for _ in range(60):
         multiplier.step(Signal(loss=1.0, rate=1e-3, probed=1, cosine=0.5, ratio=1.0))
     assert multiplier.factors["align"] > 10
@@ -339,10 +403,15 @@ def test_a_binding_cap_takes_back_the_raise():
         multiplier.step(Signal(loss=1.0, rate=1e-3, probed=1, cosine=0.0, ratio=1e3))
     assert multiplier.factors["align"] == 1.0
     assert multiplier.value * 1e-3 * 1e3 == pytest.approx(0.015, rel=1e-2)
+    multiplier.align = align = Align()
+    align.log = math.log(100)
+    for _ in range(100):  # alone, the rate would be 2 times what the cap allows
+        multiplier.step(Signal(loss=1.0, rate=1e-3, probed=1, cosine=0.0, ratio=30.0))
+    assert align.value == pytest.approx(2.0, rel=0.05)
 
 
 def test_a_skipped_step_moves_no_factor():
-    multiplier = Multiplier(align=Align(warmup=0), guard=Guard(), batch=Batch())
+    multiplier = Multiplier(align=Align(), guard=Guard(), batch=Batch())
     multiplier.batch_changed(8, 32)
     assert multiplier.step(Signal(loss=math.nan, rate=1e-3, probed=1, cosine=0.9)) == "non_finite"
     assert multiplier.value == 1.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import fmean, variance
 
 from adaptrain.policies.learning_rate.factor import Factor
 
@@ -12,45 +14,56 @@ class Align(Factor):
 
     With u the optimizer's direction before the step (Adam: m/(√v+ε), momentum SGD: its buffer) and g the new gradient,
     c = cos(g, u). Steps that are too short leave the gradient where it was, so c stays above 0; at a good rate the
-    noise of the batch and the curvature crossed bring it to about 0. With c̄ the debiased moving average of c,
+    noise of the batch and the curvature crossed bring it to about 0. How far above 0 tells little: where the gradient
+    is mostly noise c is small at any rate. So it is tested whether it is above 0 at all, one sample after another, by
 
-        ln m += min(max_rise, gain · max(0, c̄ − threshold))    per step, after `warmup` steps
+        z = mean(c)/(sd(c)/√n)    over the n samples since the last change, from 5 on
 
-    It never lowers: at a good rate a short-sighted criterion like this one always asks for less ("short-horizon
+    z > `significance` raises ln m by `rise`. It is raised by three times that where the rate is clearly far too low:
+    the mean is above 0.1, or z > `hint` while the loss stands still (from 8 samples on: it fell by less than a standard
+    error from the first half of them to the second), where little can be lost. z < −`significance` takes back one
+    `rise` of what was raised. Either begins a new test, which leaves out the 3 steps that the direction needs to
+    follow. A test without an outcome ends after `patience` samples.
+
+    It never goes below 1: at a good rate a short-sighted criterion like this one always asks for less ("short-horizon
     bias", Wu et al. 2018, arXiv:1803.02021). The criterion is hypergradient descent's (Baydin et al. 2018,
-    arXiv:1703.04782) made free of scale.
+    arXiv:1703.04782) made free of scale; testing before moving is Pflug's idea (1983) for the opposite end, as in
+    Lang et al. 2019 (arXiv:1909.09785).
 
     Args:
-        time_constant: Steps over which the average of c forgets.
-        threshold: The value of c̄ up to which the rate is left alone.
-        gain: Rise of ln m per step and unit of c̄ above the threshold.
-        max_rise: Largest rise of ln m in one step.
-        warmup: Steps to watch before the first rise.
+        significance: Standard errors from 0 that are evidence.
+        hint: The same where the loss stands still.
+        rise: Change of ln m in one move.
+        patience: Samples after which a test begins anew.
         ceiling: Largest m.
     """
 
-    _state = ("log", "limit", "average", "weight", "steps")
+    _state = ("log", "limit", "cosines", "losses", "skip", "calm", "mean")
 
     def __init__(
         self,
         *,
-        time_constant: float = 20.0,
-        threshold: float = 0.02,
-        gain: float = 0.1,
-        max_rise: float = 0.05,
-        warmup: int = 10,
-        ceiling: float = 100.0,
+        significance: float = 3.5,
+        hint: float = 1.5,
+        rise: float = 0.5,
+        patience: int = 40,
+        ceiling: float = 1000.0,
     ) -> None:
-        self.time_constant = time_constant
-        self.threshold = threshold
-        self.gain = gain
-        self.max_rise = max_rise
-        self.warmup = warmup
+        self.significance = significance
+        self.hint = hint
+        self.rise = rise
+        self.patience = patience
         self.log = 0.0
         self.limit = math.log(ceiling)
-        self.average = 0.0
-        self.weight = 0.0
-        self.steps = 0
+        self.mean: float | None = None  # of c in the last test that ended
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new test; `calm`: whether the last one ended without an outcome."""
+        self.cosines: list[float] = []
+        self.losses: list[float] = []
+        self.skip = 0
+        self.calm = False
 
     @property
     def value(self) -> float:
@@ -59,18 +72,44 @@ class Align(Factor):
 
     @property
     def cosine(self) -> float | None:
-        """The debiased average c̄, or None before the first measurement."""
-        return self.average / self.weight if self.weight else None
+        """The mean of c in the present test, or in the last one while the present one is young; None: not known."""
+        return fmean(self.cosines) if len(self.cosines) >= 8 else self.mean
 
-    def observe(self, cosine: float, *, steps: int = 1) -> None:
-        """Takes in one measurement of c that stands for `steps` optimizer steps."""
-        keep = math.exp(-steps / self.time_constant)
-        self.average = keep * self.average + (1 - keep) * cosine
-        self.weight = keep * self.weight + (1 - keep)
-        self.steps += steps
-        if self.steps > self.warmup:
-            rise = min(self.max_rise, self.gain * max(0.0, self.average / self.weight - self.threshold))
-            self.log = min(self.log + steps * rise, max(self.limit, self.log))
+    def observe(self, cosine: float, *, loss: float | None = None, steps: int = 1) -> None:
+        """Takes in one measurement of c that stands for `steps` optimizer steps, and the training loss of its step."""
+        if self.skip > 0:
+            self.skip -= steps
+            return
+        self.cosines = [*self.cosines, cosine]
+        self.losses = [*self.losses, *([] if loss is None else [loss])]
+        count = len(self.cosines)
+        if count < 5:
+            return
+        mean, z = fmean(self.cosines), _errors_above_zero(self.cosines)
+        stands = count >= 8 and self._loss_stands_still()
+        if z > (self.hint if stands else self.significance):
+            steep = 3 if mean > 0.1 or stands else 1
+            self._move(self.rise * steep, mean)
+        elif z < -self.significance:
+            self._move(-self.rise, mean)
+        elif count >= self.patience:
+            self._end(mean, skip=0, calm=True)
+
+    def _loss_stands_still(self) -> bool:
+        half = len(self.losses) // 2
+        early, late = self.losses[:half], self.losses[half:]
+        if len(early) < 4:
+            return False
+        error = math.sqrt(variance(early) / len(early) + variance(late) / len(late))
+        return fmean(early) - fmean(late) < error
+
+    def _move(self, by: float, mean: float) -> None:
+        self.log = max(0.0, min(self.log + by, max(self.limit, self.log)))
+        self._end(mean, skip=3, calm=False)
+
+    def _end(self, mean: float, *, skip: int, calm: bool) -> None:
+        self.restart()
+        self.mean, self.skip, self.calm = mean, skip, calm
 
     def yield_to(self, cap: float, *, steps: int = 1) -> None:
         """Gives way to a cap that binds, by a tenth of its logarithm per step, so that it is not pushed against it."""
@@ -80,3 +119,9 @@ class Align(Factor):
         """After a divergence: never again more than half of the factor it happened at."""
         self.limit = max(0.0, min(self.limit, self.log - math.log(2)))
         self.log = min(self.log, self.limit)
+        self.restart()
+
+
+def _errors_above_zero(values: Sequence[float]) -> float:
+    """Returns the mean of the values in standard errors."""
+    return fmean(values) / math.sqrt(max(variance(values) / len(values), 1e-12))

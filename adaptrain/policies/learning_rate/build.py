@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from adaptrain.errors import ConfigurationError
@@ -15,7 +16,6 @@ from adaptrain.policies.learning_rate.recover import Recover
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "align": (True, False),
-    "cap": (True, False),
     "plateau": ("auto", True, False),
     "recover": (True, False),
     "guard": (True, False),
@@ -32,6 +32,17 @@ def check_switches(**values: object) -> None:
         if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in CHOICES[name]):
             listed = ", ".join(repr(choice) for choice in CHOICES[name])
             raise ConfigurationError(f"LearningRateController: {name} must be one of {listed}; got {value!r}.")
+
+
+def check_cap(cap: object) -> None:
+    """Raises `ConfigurationError` for a cap that is neither a switch nor a number above 0."""
+    if isinstance(cap, bool):
+        return
+    if not isinstance(cap, (int, float)) or not 0 < cap < math.inf:
+        raise ConfigurationError(
+            f"LearningRateController: cap must be True, False or the largest relative change in a step, a number above"
+            f" 0; got {cap!r}."
+        )
 
 
 def metric_mode(monitor: str, *, callback: str = "LearningRateController") -> Literal["min", "max"]:
@@ -58,7 +69,8 @@ def build_multiplier(
     kind: Literal["adam", "momentum"] | None,
     own_rate: bool,
     align: bool,
-    cap: bool,
+    cap: bool | float,
+    trained: bool,
     plateau: bool | Literal["auto"],
     recover: bool,
     guard: bool,
@@ -71,7 +83,8 @@ def build_multiplier(
         kind: Whether the optimizer's state shows Adam's moments, a momentum buffer, or neither: no align, no cap.
         own_rate: Whether it sets its own rate: the guard alone.
         align: The switch of the factor, as the others that bear a factor's name.
-        cap: See `align`.
+        cap: See `align`; a number is κ.
+        trained: Whether the weights were trained before.
         plateau: `"auto"`: judge only while the scheduler's rate stands still.
         recover: See `align`.
         guard: See `align`.
@@ -83,10 +96,11 @@ def build_multiplier(
         return Multiplier(guard=judge)
     if batch_scaling == "auto":
         batch_scaling = "sqrt" if kind == "adam" else "linear"
+    kappa = (Cap.TRAINED if trained else Cap.FRESH) if isinstance(cap, bool) else cap
     watch = MetricPlateau(mode=metric) if metric is not None else LossPlateau(anneal=plateau is True)
     return Multiplier(
         align=Align() if align and kind else None,
-        cap=Cap() if cap and kind else None,
+        cap=Cap(kappa=kappa) if cap and kind else None,
         plateau=watch if plateau else None,
         batch=Batch(scaling=batch_scaling),
         recover=Recover() if recover else None,

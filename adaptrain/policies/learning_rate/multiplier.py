@@ -14,6 +14,7 @@ from adaptrain.policies.learning_rate.guard import Guard, Verdict
 from adaptrain.policies.learning_rate.plateau import LossPlateau, MetricPlateau
 from adaptrain.policies.learning_rate.recover import Recover
 
+_OWN = ("capped", "peak", "rate", "rising")
 NAMES = ("align", "cap", "plateau", "batch", "recover", "guard")
 
 
@@ -41,7 +42,7 @@ class Signal:
 class Multiplier:
     """Multiplies the scheduler's rate by the product of the factors that are on.
 
-        lr = lr_scheduler · clip(m_align · m_plateau · m_guard, 1/100, 100) · m_batch · m_recover · cap
+        lr = lr_scheduler · clip(m_align · m_plateau · m_guard, 1/1000, 1000) · m_batch · m_recover · cap
 
     Every argument is a factor, or None where it is off.
     """
@@ -55,7 +56,7 @@ class Multiplier:
         batch: Batch | None = None,
         recover: Recover | None = None,
         guard: Guard | None = None,
-        bound: float = 100.0,
+        bound: float = 1000.0,
     ) -> None:
         self.align = align
         self.cap = cap
@@ -67,6 +68,7 @@ class Multiplier:
         self.capped = 1.0
         self.peak = 0.0  # the scheduler's highest rate so far
         self.rate = 0.0  # the scheduler's rate at the last step
+        self.rising = False  # whether it was higher than at the step before
 
     @property
     def factors(self) -> dict[str, float]:
@@ -90,6 +92,16 @@ class Multiplier:
         bounded = _product(self.align, self.plateau, self.guard)
         return min(self.bound, max(1 / self.bound, bounded)) * _product(self.batch, self.recover)
 
+    @property
+    def is_searching(self) -> bool:
+        """Whether the rate may soon be raised, so that every step's probe counts."""
+        return self.align is not None and not self.align.calm and not self.is_low_on_purpose
+
+    @property
+    def is_low_on_purpose(self) -> bool:
+        """Whether the schedule is still warming up, or annealing."""
+        return self.rising or self.rate < 0.5 * self.peak
+
     def step(self, signal: Signal) -> Verdict:
         """Takes in what a step shows before it is taken, and moves the factors.
 
@@ -97,6 +109,7 @@ class Multiplier:
             The guard's verdict: `"accept"`, or why the step must not reach the weights.
         """
         verdict: Verdict = "accept"
+        self.rising = signal.rate > self.rate * (1 + 1e-9) and self.rate > 0
         self.rate = signal.rate
         self.peak = max(self.peak, signal.rate)
         if self.guard is not None and signal.loss is not None:
@@ -107,7 +120,10 @@ class Multiplier:
 
     def _move(self, signal: Signal) -> None:
         if self.align is not None and signal.cosine is not None and math.isfinite(signal.cosine):
-            self.align.observe(signal.cosine, steps=signal.probed)
+            if self.is_low_on_purpose:
+                self.align.restart()
+            else:
+                self.align.observe(signal.cosine, loss=signal.loss, steps=signal.probed)
         if isinstance(self.plateau, LossPlateau) and signal.loss is not None and math.isfinite(signal.loss):
             cosine = None if self.align is None else self.align.cosine
             self.plateau.observe(signal.loss, rate=signal.rate, cosine=cosine)
@@ -118,8 +134,8 @@ class Multiplier:
             if signal.probed and (signal.ratio is None or math.isfinite(signal.ratio)):
                 self.cap.observe(signal.ratio)
             self.capped = self.cap.value(signal.rate * self._uncapped())
-            if self.align is not None and self.capped < 1:
-                self.align.yield_to(self.capped)
+            if self.align is not None and self.capped < 0.25:
+                self.align.yield_to(4 * self.capped)
 
     def structure_changed(self, removed: float, *, window: int) -> None:
         """Takes in that the model lost the share `removed` of its parameters; `window` steps are for recovering."""
@@ -135,7 +151,7 @@ class Multiplier:
         self._forget()
 
     def _forget(self) -> None:
-        for factor in (self.plateau, self.guard):
+        for factor in (self.align, self.plateau, self.guard):
             if factor is not None:
                 factor.restart()
 
@@ -153,12 +169,13 @@ class Multiplier:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of every factor that is on, as plain Python."""
-        own = {"capped": self.capped, "peak": self.peak, "rate": self.rate}
+        own = {name: getattr(self, name) for name in _OWN}
         return own | {name: factor.state_dict() for name, factor in self._named().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned; a factor that was off then starts afresh."""
-        self.capped, self.peak, self.rate = (state_dict[name] for name in ("capped", "peak", "rate"))
+        for name in _OWN:
+            setattr(self, name, state_dict[name])
         for name, factor in self._named().items():
             if name in state_dict:
                 factor.load_state_dict(state_dict[name])

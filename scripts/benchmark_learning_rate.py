@@ -1,0 +1,351 @@
+"""The learning rate that was typed, right or wrong: where training ends, beside schedules and peers that set the rate.
+
+Every method trains each task at seven rates over 3.5 decades, with the same steps, paired by seed:
+
+    constant, cosine, wsd, linear    the bare schedule, AdamW
+    SCHEDULE+ours                    with LearningRateController
+    SCHEDULE+ours-FACTOR             without one of its factors: align, cap, plateau, guard (-only-FACTOR: no other)
+    plateau                          torch's ReduceLROnPlateau on the validation loss, 20 validations
+    greedy                           Hugging Face's GreedyLR on the training loss
+    finder                           Lightning's learning-rate finder, its 100 steps free of charge, then cosine
+    schedulefree                     schedule-free AdamW
+    prodigy                          Prodigy with a cosine, as it recommends
+
+Parts: `rates` (the above), `faults` (a batch that is not a number, ten times the rate for 20 steps, four times the
+batch, half of the parameters pruned, each at half of the run, at the schedule's best rate), `overhead` (seconds of a
+step with and without the controller, in turns). A diverged run counts as the untrained model. Rates are chosen on
+validation data, results are of the test data. Each run is appended to the JSON file, and left out when run again.
+
+    pip install 'adaptrain[bench]'
+    python scripts/benchmark_learning_rate.py                                    # the small tasks
+    python scripts/benchmark_learning_rate.py --tasks encoder --model MODEL_FOLDER --data DATA_FOLDER
+    python scripts/benchmark_learning_rate.py --methods 'cosine*' --seeds 0 1    # some methods
+    python scripts/benchmark_learning_rate.py --steps 40 --seeds 0               # a quick look
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from fnmatch import fnmatch
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+TASKS = ("language_model", "classifier", "encoder", "long_language_model", "wide_classifier")
+PARTS = ("rates", "faults", "overhead")
+USUAL = (
+    *("constant", "cosine", "wsd", "linear", "plateau", "greedy", "finder", "schedulefree", "prodigy"),
+    *("constant+ours", "cosine+ours", "wsd+ours", "linear+ours"),
+)
+KEY = ("task", "method", "rate", "seed", "fault")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (all)")
+    parser.add_argument(
+        *("--tasks",), nargs="+", choices=TASKS, default=list(TASKS[:2]), help="(language_model classifier)"
+    )
+    parser.add_argument("--methods", nargs="+", default=list(USUAL), help="names, or patterns such as 'cosine*' (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="(0 1 2 3 4)")
+    parser.add_argument("--rates", nargs="+", type=float, help="in place of the tasks' own seven")
+    parser.add_argument("--steps", type=int, help="optimizer steps, in place of the tasks' own numbers")
+    parser.add_argument("--model", help="folder of a pretrained encoder, for --tasks encoder")
+    parser.add_argument("--data", help="folder with train.tsv, dev.tsv and test.tsv, for --tasks encoder")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each (cores)")
+    parser.add_argument("--json", type=Path, default=Path("benchmark_learning_rate.json"), help="(%(default)s)")
+    parser.add_argument("--plot", type=Path, default=Path("benchmark_learning_rate.png"), help="(%(default)s)")
+    args = parser.parse_args(arguments)
+    if "encoder" in args.tasks and not (args.model and args.data):
+        parser.error("--tasks encoder needs --model and --data")
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # heard by the processes started below
+    from learning_rate_arms import controller, make_task
+
+    tasks = [make_task(name, model=args.model, data=args.data, steps=args.steps) for name in args.tasks]
+    methods = _chosen(args.methods)
+    try:
+        for method in methods:
+            controller(method)
+    except ValueError as wrong:
+        parser.error(str(wrong))
+    store = Store(args.json, {"steps": args.steps})
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        if "rates" in args.parts:
+            store.fill(pool, rate_jobs(tasks, methods, args.seeds, args.rates))
+        if "faults" in args.parts:
+            store.fill(pool, fault_jobs(tasks, store.results, args.seeds))
+    if "overhead" in args.parts:
+        store.keep(measure_overhead(tasks))
+    for task in tasks:
+        print("\n" + report(task.name, task.has_accuracy, store.results))
+    if any(result.get("rate") for result in store.results):
+        plot([(task.name, task.has_accuracy) for task in tasks], store.results, args.plot)
+        print(f"\n{args.json} and {args.plot}")
+
+
+def _chosen(patterns: Iterable[str]) -> list[str]:
+    """Returns the methods asked for, in order: patterns choose among the usual ones, full names are free."""
+    chosen: list[str] = []
+    for pattern in patterns:
+        chosen += [method for method in USUAL if fnmatch(method, pattern)] or [pattern]
+    return list(dict.fromkeys(chosen))
+
+
+# Runs ------------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """Results in a JSON file, written as they come."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.results: list[dict[str, Any]] = []
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["settings"] != settings:
+                raise SystemExit(f"{path} holds results of other settings, {found['settings']}. Give another --json.")
+            self.results = found["results"]
+
+    def fill(self, pool: ProcessPoolExecutor, jobs: list[dict[str, Any]]) -> None:
+        """Runs what is not there yet."""
+        from tqdm import tqdm
+
+        done = {tuple(result.get(name) for name in KEY) for result in self.results}
+        left = [job for job in jobs if (job["task"].name, *(job.get(name) for name in KEY[1:])) not in done]
+        pending = [pool.submit(_run, job) for job in left]
+        for future in tqdm(as_completed(pending), total=len(pending), unit="run", mininterval=5):
+            self.keep([future.result()])
+
+    def keep(self, results: list[dict[str, Any]]) -> None:
+        self.results += results
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text(json.dumps({"settings": self.settings, "results": self.results}, indent=1), encoding="utf-8")
+        part.replace(self.path)
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    from learning_rate_arms import run, untrained
+
+    return untrained(job["task"], job["seed"]) if job["method"] == "untrained" else run(**job)
+
+
+def rate_jobs(
+    tasks: list[Any], methods: list[str], seeds: list[int], rates: list[float] | None
+) -> list[dict[str, Any]]:
+    """Returns the runs of part `rates`, seed by seed, so that what is done at any time is paired."""
+    from learning_rate_arms import SET_THEIR_RATE
+
+    jobs: list[dict[str, Any]] = []
+    for seed in seeds:
+        for task in tasks:
+            jobs.append({"task": task, "method": "untrained", "seed": seed})
+            for method in methods:
+                typed = [None] if method in SET_THEIR_RATE else rates or task.rates
+                jobs += [{"task": task, "method": method, "rate": rate, "seed": seed} for rate in typed]
+    return jobs
+
+
+def fault_jobs(tasks: list[Any], results: list[dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
+    """Returns the runs of part `faults`: cosine at its best rate, with and without the controller."""
+    from learning_rate_arms import FAULTS
+
+    jobs: list[dict[str, Any]] = []
+    for task in tasks:
+        rate = best_rate(task.name, "cosine", results) or sorted(task.rates)[len(task.rates) // 2]
+        for seed in seeds:
+            for fault in (None, *FAULTS):
+                for method in ("cosine", "cosine+ours"):
+                    jobs.append({"task": task, "method": method, "rate": rate, "seed": seed, "fault": fault})
+    return jobs
+
+
+def measure_overhead(tasks: list[Any], *, steps: int = 60, repeats: int = 3) -> list[dict[str, Any]]:
+    """Times a training step with the controller beside the same without it, step by step in turns."""
+    from learning_rate_arms import fit_endlessly
+    from lockstep import lockstep
+
+    rows = []
+    for task in tasks:
+        for repeat in range(repeats):
+            arms = {"plain": "cosine", "ours": "cosine+ours", "plain again": "cosine"}
+            fits = {name: partial(fit_endlessly, task, method, steps + 4) for name, method in arms.items()}
+            times = lockstep(fits, steps=steps, seed=repeat)
+            for name, taken in times.items():
+                ratios = [own / base for own, base in zip(taken, times["plain"], strict=True)]
+                row = {"task": task.name, "method": f"overhead {name}", "seed": repeat}
+                rows.append(row | {"ratio": statistics.median(ratios), "step_ms": 1e3 * statistics.median(taken)})
+    return rows
+
+
+# What they came to -----------------------------------------------------------------------------------------------
+
+
+def _score(result: dict[str, Any], split: str, has_accuracy: bool) -> float:
+    """Returns what is to be small: the loss in nats, or the error in points."""
+    if has_accuracy:
+        return 100 * (1 - result[f"{split}_accuracy"])
+    return result[f"{split}_loss"]
+
+
+def best_rate(task: str, method: str, results: list[dict[str, Any]]) -> float | None:
+    """Returns the rate with the lowest median validation loss."""
+    by_rate: dict[float, list[float]] = {}
+    for result in results:
+        if result["task"] == task and result["method"] == method and result.get("rate") and not result.get("fault"):
+            loss = result["val_loss"]
+            by_rate.setdefault(result["rate"], []).append(loss if math.isfinite(loss) else math.inf)
+    return min(by_rate, key=lambda rate: statistics.median(by_rate[rate])) if by_rate else None
+
+
+def scores(task: str, has_accuracy: bool, results: list[dict[str, Any]], split: str) -> dict[str, Any]:
+    """Returns {method: {rate: {seed: score}}}; a diverged run has the untrained model's score, or its own if worse."""
+    of_task = [result for result in results if result["task"] == task and not result.get("fault")]
+    floors = {r["seed"]: _score(r, "test", has_accuracy) for r in of_task if r["method"] == "untrained"}
+    found: dict[str, Any] = {}
+    for result in of_task:
+        if "test_loss" not in result or result["method"] == "untrained":
+            continue
+        score = _score(result, split, has_accuracy)
+        if not math.isfinite(result["test_loss"]):
+            score = floors.get(result["seed"], math.inf)
+        found.setdefault(result["method"], {}).setdefault(result["rate"], {})[result["seed"]] = score
+    return found
+
+
+def report(task: str, has_accuracy: bool, results: list[dict[str, Any]]) -> str:
+    """Returns a task's tables as text."""
+    unit = "points of test error" if has_accuracy else "nats of test loss"
+    found = scores(task, has_accuracy, results, "test")
+    rates = sorted({rate for by_rate in found.values() for rate in by_rate if rate is not None})
+    lines = []
+    if found:
+        medians = {m: {r: statistics.median(s.values()) for r, s in by.items()} for m, by in found.items()}
+        best = min(score for by in medians.values() for score in by.values())
+        seeds = max(len(by_seed) for by in found.values() for by_seed in by.values())
+        lines += [f"{task}: {unit}, medians of up to {seeds} seeds; the best of all is {best:.3f}. Excess over it:"]
+        header = ["method", "mean", "worst", *(f"{rate:g}" for rate in rates), "at best rate vs bare"]
+        rows = [header]
+        for method, by_rate in sorted(medians.items(), key=lambda item: _mean_excess(item[1], best)):
+            spread = [by_rate.get(rate, by_rate.get(None, math.nan)) - best for rate in rates]
+            rows.append(
+                [method, f"{_mean_excess(by_rate, best):.3f}", f"{max(by_rate.values()) - best:.3f}"]
+                + [f"{value:.3f}" for value in spread]
+                + [tuned(task, method, found, results)]
+            )
+        lines += _aligned(rows)
+    faults = [r for r in results if r["task"] == task and "fault" in r and "test_loss" in r]
+    if any(r["fault"] for r in faults):
+        lines += ["", f"{task}, faults at half of the run: {unit} more than the undisturbed bare schedule, medians"]
+        lines += _aligned(_fault_rows(faults, has_accuracy))
+    overhead = [r for r in results if r["task"] == task and r["method"].startswith("overhead ")]
+    for method in dict.fromkeys(r["method"] for r in overhead):
+        ratios = [r["ratio"] for r in overhead if r["method"] == method]
+        step = statistics.median(r["step_ms"] for r in overhead if r["method"] == method)
+        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        lines.append(f"{task}, {method}: {spread} of plain, step {step:.1f} ms")
+    return "\n".join(lines)
+
+
+def _mean_excess(by_rate: dict[float | None, float], best: float) -> float:
+    return statistics.mean(score - best for score in by_rate.values())
+
+
+def tuned(task: str, method: str, found: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """Returns the paired difference to the bare schedule at that one's best rate, with a bootstrap interval of 95%."""
+    bare = method.partition("+")[0]
+    rate = best_rate(task, bare, results)
+    if bare == method or rate is None or rate not in found.get(bare, {}) or rate not in found[method]:
+        return ""
+    own, base = found[method][rate], found[bare][rate]
+    gaps = [own[seed] - base[seed] for seed in own if seed in base]
+    if not gaps:
+        return ""
+    low, high = bootstrap(gaps)
+    return f"{statistics.mean(gaps):+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def bootstrap(values: Sequence[float], *, draws: int = 10_000) -> tuple[float, float]:
+    """Returns the 95% percentile interval of the mean."""
+    source = random.Random(0)
+    means = sorted(statistics.mean(source.choices(values, k=len(values))) for _ in range(draws))
+    return means[int(0.025 * draws)], means[int(0.975 * draws)]
+
+
+def _fault_rows(results: list[dict[str, Any]], has_accuracy: bool) -> list[list[str]]:
+    rate = {r["rate"] for r in results if r["fault"]}
+    clean = {
+        r["seed"]: _score(r, "test", has_accuracy)
+        for r in results
+        if r["method"] == "cosine" and r["fault"] is None and r["rate"] in rate
+    }
+    methods = list(dict.fromkeys(r["method"] for r in results if r["fault"]))
+    rows = [["fault", *methods]]
+    for fault in (None, *dict.fromkeys(r["fault"] for r in results if r["fault"])):
+        row = ["none" if fault is None else fault]
+        for method in methods:
+            runs = [r for r in results if (r["method"], r["fault"]) == (method, fault) and r["rate"] in rate]
+            runs = [r for r in runs if r["seed"] in clean]
+            gaps = [_score(r, "test", has_accuracy) - clean[r["seed"]] for r in runs if math.isfinite(r["test_loss"])]
+            lost = len(runs) - len(gaps)
+            median = f"{statistics.median(gaps):+.3f}" if gaps else ""
+            row.append(f"{median} ({lost} of {len(runs)} lost)" if lost else median)
+        rows.append(row)
+    return rows
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def plot(tasks: list[tuple[str, bool]], results: list[dict[str, Any]], path: Path) -> None:
+    """Draws where training ends over the rate that was typed, a panel a task; the band is the range over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(tasks), figsize=(6.2 * len(tasks), 4.6), layout="constrained", squeeze=False)
+    for axes, (task, has_accuracy) in zip(panels[0], tasks, strict=True):
+        found = scores(task, has_accuracy, results, "test")
+        shown = [method for method in found if "ours-" not in method]
+        top = []
+        for index, method in enumerate(sorted(shown, key=lambda method: ("+ours" not in method, method))):
+            color = f"C{index % 10}"
+            bold = {"linewidth": 2.4} if "+ours" in method else {"linewidth": 1.1, "linestyle": "--"}
+            by_rate = found[method]
+            if None in by_rate:
+                axes.axhline(statistics.median(by_rate[None].values()), color=color, label=method, linestyle=":")
+                continue
+            rates = sorted(by_rate)
+            medians = [statistics.median(by_rate[rate].values()) for rate in rates]
+            top.append(max(medians))
+            axes.plot(rates, medians, color=color, label=method, marker="o", markersize=3, **bold)
+            if "+ours" in method:
+                low, high = zip(*((min(by_rate[r].values()), max(by_rate[r].values())) for r in rates), strict=True)
+                axes.fill_between(rates, low, high, color=color, alpha=0.12)
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate that was typed")
+        axes.set_ylabel("test error in %" if has_accuracy else "test loss in nats")
+        axes.set_title(task.replace("_", " "))
+        axes.grid(alpha=0.3)
+    panels[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
