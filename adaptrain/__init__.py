@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adaptrain.callbacks.distillation import Distillation as Distillation
     from adaptrain.callbacks.elastic import ElasticTraining as ElasticTraining
     from adaptrain.callbacks.family import FamilyCheckpoint as FamilyCheckpoint
+    from adaptrain.callbacks.freezing import LayerFreezing as LayerFreezing
     from adaptrain.callbacks.graceful_stop import GracefulStop as GracefulStop
     from adaptrain.callbacks.learning_rate import LearningRateController as LearningRateController
     from adaptrain.callbacks.monitor import ResourceMonitor as ResourceMonitor
@@ -58,6 +59,7 @@ _NAMES = {
     "FamilyCheckpoint": "adaptrain.callbacks.family",
     "GracefulStop": "adaptrain.callbacks.graceful_stop",
     "GradientNoiseScale": "adaptrain.policies.noise_scale",
+    "LayerFreezing": "adaptrain.callbacks.freezing",
     "LearningRateController": "adaptrain.callbacks.learning_rate",
     "LinearSchedule": "adaptrain.policies.sparsity",
     "ModelFamily": "adaptrain.family.model_family",

@@ -56,6 +56,11 @@ class AdaptiveCallback(_lightning.Callback):
         kind = type(self).__qualname__
         return kind if self.name is None else f"{kind}[{self.name}]"
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether it still reads the gradients of all parameters, so that none may be frozen now."""
+        return False
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Opens the run's log on every rank, and refuses before training what cannot be served."""
         if stage == "fit":

@@ -118,6 +118,11 @@ class ProgressivePruning(AdaptiveCallback):
         self._dense_metrics: dict[str, float] = {}
         self._dense_step: int | None = None
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Until the last event."""
+        return self._scorer is not None and self._done < len(self.schedule.plan())
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Finds the model, and prepares its shapes to follow checkpoints."""
         if stage == "fit":

@@ -116,6 +116,19 @@ SETTINGS = {
             frozenset({"precision"}),
         ),
         Setting(
+            "LayerFreezing",
+            "freezing",
+            {"by": "schedule", "begin": 0.1, "end": 0.6, "window": 3},
+            (
+                ({"by": "chance"}, "chance"),
+                ({"most": 1}, "most"),
+                ({"begin": 0.5, "end": 0.5}, "end"),
+                ({"begin": -1}, "begin"),
+                ({"window": 1}, "window"),
+            ),
+            frozenset({"frozen_layers"}),
+        ),
+        Setting(
             "WeightSoup",
             "soup",
             {},

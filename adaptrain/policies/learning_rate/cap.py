@@ -15,7 +15,7 @@ class Cap(Factor):
     makes the weights grow, which would excuse it. The bound is that of trust-ratio optimizers (LARS, You et al. 2017,
     arXiv:1708.03888) used as a limit on the whole step, not as a rate per layer.
 
-    Weights that were trained before hold what is to be kept, and take a tenth of the step that fresh ones do: the usual
+    Weights that were trained before hold what is to be kept, and take a much shorter step than fresh ones do: the usual
     rates for fine-tuning transformers, 1e-5 to 1e-4, come to κ of 0.0002 to 0.001.
 
     Args:
@@ -23,7 +23,7 @@ class Cap(Factor):
     """
 
     FRESH = 0.015
-    TRAINED = 0.0015
+    TRAINED = 0.0008
 
     _state = ("ratio", "kappa")
 

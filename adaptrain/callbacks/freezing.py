@@ -1,0 +1,241 @@
+"""Stops training the first layers once they hardly change, which saves their backward pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from adaptrain import _lightning
+from adaptrain._lightning.structure import forget_compiled, unwrapped
+from adaptrain.callbacks.base import AdaptiveCallback
+from adaptrain.errors import ConfigurationError
+from adaptrain.policies.freezing import Freezing
+from adaptrain.pruning.families import find_family
+from adaptrain.pruning.family import Match
+
+_log = logging.getLogger(__name__)
+
+
+class LayerFreezing(AdaptiveCallback):
+    """Freezes layers from the first one up, and thaws them where the loss rises or the structure changes.
+
+    A frozen layer still runs forward. Its backward pass, its gradients and its step in the optimizer fall away, and so
+    do those of the embeddings below it and the activations kept for them; of a layer that costs a third of a step
+    forward and two thirds backward, two thirds are saved. Embeddings tied to the output go on learning from there. The
+    optimizer keeps its state for layers that thaw. Frozen weights take no weight decay.
+
+    Nothing is frozen while `ProgressivePruning` has events to come, since it reads the gradients of all layers; one
+    that comes thaws what is frozen. In `DistributedDataParallel` the wrapper is built anew at each change, on all ranks alike.
+
+    Args:
+        by: `"signal"`: layers whose gradients change least (AutoFreeze); `"schedule"`: evenly from `begin` to `end`
+            (`adaptrain.policies.freezing`).
+        most: The largest share of the layers to freeze, in (0, 1); at least one layer trains.
+        begin: The share of training, in [0, 1), before which nothing is frozen.
+        end: The share, above `begin`, at which `"schedule"` has frozen the last layer.
+        window: Optimizer steps between two decisions; None: a fiftieth of the run, at least 10.
+        dry_run: Decide and record, freeze nothing.
+        name: Tells two instances apart in a checkpoint.
+
+    Raises:
+        ConfigurationError: An argument is out of its range; or, before training, the model is of no known family, or
+            has an encoder and a decoder.
+    """
+
+    def __init__(
+        self,
+        *,
+        by: Literal["signal", "schedule"] = "signal",
+        most: float = 0.5,
+        begin: float = 0.1,
+        end: float = 0.5,
+        window: int | None = None,
+        dry_run: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(dry_run=dry_run, name=name)
+        if by not in ("signal", "schedule"):
+            raise ConfigurationError(f"by must be signal or schedule, got {by!r}.")
+        for argument, value in (("most", most), ("begin", begin), ("end", end)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ConfigurationError(f"{argument} must be a share in [0, 1], got {value!r}.")
+        if not 0 < most < 1:
+            raise ConfigurationError(f"most must be a share of the layers in (0, 1), got {most!r}.")
+        if end <= begin:
+            raise ConfigurationError(f"end must be above begin, got begin={begin} and end={end}.")
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
+            raise ConfigurationError(f"window must be a whole number of steps of at least 2, got {window!r}.")
+        self.by: Literal["signal", "schedule"] = by
+        self.most = most
+        self.begin = begin
+        self.end = end
+        self.window = window
+        self._loaded: dict[str, Any] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._match: Match | None = None
+        self._policy: Freezing | None = None
+        self._below: list[nn.Parameter] = []  # what comes before the first layer, and nowhere else
+        self._asleep: list[nn.Parameter] = []  # what this callback has frozen
+        self._hook: Callable[[], object] | None = None
+        self._norms: list[Tensor] = []  # sums over the window, of the layers that train
+        self._losses: list[Tensor] = []
+        self._steps = 10
+
+    @property
+    def frozen(self) -> int:
+        """How many layers are frozen, from the first one up."""
+        return 0 if self._policy is None else self._policy.frozen
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Begins anew with a fit."""
+        if stage == "fit":
+            self._reset()
+        super().setup(trainer, pl_module, stage)
+
+    def check(self, trainer: Any, pl_module: Any) -> None:
+        """Refuses models whose layers are no chain."""
+        _lightning.refuse_unsupported(trainer, pl_module, callback=type(self).__name__)
+        self._match = find_family(pl_module)
+        model = self._match.model
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ConfigurationError(
+                f"LayerFreezing does not serve {type(model).__name__}: its decoder's layers read the encoder's output,"
+                " so that they are no chain that could be frozen from one end."
+            )
+        self._below = _parameters_below(model, self._match.layers)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Builds the policy, and freezes again what a resumed run had frozen."""
+        assert self._match is not None
+        count = len(self._match.layers)
+        most = max(1, min(count - 1, round(self.most * count)))
+        if count < 2:
+            raise ConfigurationError("LayerFreezing needs a model of at least two layers: one has to train.")
+        self._policy = Freezing(count, by=self.by, most=most, begin=self.begin, end=self.end)
+        total = _lightning.total_steps(trainer)
+        self._steps = self.window or max(10, (total or 0) // 50)
+        if loaded := self._loaded:
+            self._loaded = {}
+            self._policy.load_state_dict(loaded["policy"])
+            self._norms = [torch.tensor(value) for value in loaded["norms"]]
+            self._losses = [torch.tensor(value) for value in loaded["losses"]]
+            self._apply(trainer, pl_module)
+        self.on_exit(self._wake)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Adds the gradient norms of the layers that train."""
+        if self._match is None or self._policy is None:
+            return
+        norms = [_gradient_norm(layer) for layer in self._match.layers[self._policy.frozen :]]
+        self._norms = [a + b for a, b in zip(self._norms, norms, strict=True)] if self._norms else norms
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Decides at the end of a window."""
+        if self._policy is None or not _lightning.at_step_boundary(trainer):
+            return
+        if isinstance(outputs, dict) and outputs.get("loss") is not None:
+            self._losses.append(outputs["loss"].detach().float())
+        if len(self._losses) < self._steps or not self._norms:
+            return
+        count = len(self._losses)
+        seen = [*(norm / count for norm in self._norms), *self._losses]
+        numbers = torch.stack([value.to(pl_module.device).float() for value in seen]).tolist()
+        numbers = _lightning.all_reduce(numbers, device=pl_module.device)  # so that all ranks decide alike
+        norms, losses = numbers[: len(self._norms)], numbers[len(self._norms) :]
+        self._norms, self._losses = [], []
+        old, hold = self._policy.frozen, any(_needs_gradients(other) for other in trainer.callbacks)
+        reason = self._policy.window(norms, losses, progress=_lightning.progress(trainer), hold=hold)
+        if reason:
+            self._change(trainer, pl_module, old, reason, {"loss": sum(losses) / len(losses)})
+
+    def on_before_change(self, trainer: Any, pl_module: Any, knob: str, *, at_end: bool = False) -> None:
+        """Thaws all layers before the structure changes: what is left of them has to settle."""
+        if knob == "structure" and self._policy is not None and self._policy.frozen:
+            old = self._policy.frozen
+            self._policy.thaw()
+            self._norms, self._losses = [], []
+            self._change(trainer, pl_module, old, "the structure is about to change, so all layers train again", {})
+
+    def _change(self, trainer: Any, pl_module: Any, old: int, reason: str, readings: dict[str, float]) -> None:
+        assert self._policy is not None
+        new = self._policy.frozen
+        self._apply(trainer, pl_module)
+        self.record(trainer, "frozen_layers", old=old, new=new, reason=reason, readings=readings)
+
+    def _apply(self, trainer: Any, pl_module: Any) -> None:
+        """Freezes as many layers as the policy says, and lets the others train."""
+        assert self._match is not None
+        assert self._policy is not None
+        if self.dry_run:
+            return
+        count = self._policy.frozen
+        with unwrapped(trainer):
+            self._wake()
+            if count:
+                layers = self._match.layers
+                chosen = [*self._below, *(p for layer in layers[:count] for p in layer.parameters())]
+                self._asleep = [p for p in chosen if p.requires_grad]
+                for parameter in self._asleep:
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+                # Tied embeddings still train, from the output: the input's gradient stops here.
+                self._hook = layers[count].register_forward_pre_hook(_detach, with_kwargs=True).remove
+        forget_compiled(pl_module)
+
+    def _wake(self) -> None:
+        for parameter in self._asleep:
+            parameter.requires_grad_(True)
+        self._asleep = []
+        if self._hook is not None:
+            self._hook()
+            self._hook = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the policy's state and the window so far, as plain Python."""
+        if self._policy is None:
+            return self._loaded
+        return {
+            "policy": self._policy.state_dict(),
+            "norms": [float(norm) for norm in self._norms],
+            "losses": [float(loss) for loss in self._losses],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps a checkpoint's state for the start of training."""
+        self._loaded = state_dict
+
+
+def _needs_gradients(callback: Any) -> bool:
+    return isinstance(callback, AdaptiveCallback) and callback.needs_gradients
+
+
+def _parameters_below(model: Any, layers: Any) -> list[nn.Parameter]:
+    """Returns the parameters of modules that were registered before the first layer, and of no other ones.
+
+    A tied embedding is the output's as well, and so is not among them.
+    """
+    first = next(iter(layers[0].parameters()))
+    names = list(model.named_parameters(remove_duplicate=False))
+    place = next(i for i, (_, parameter) in enumerate(names) if parameter is first)
+    later = {id(parameter) for _, parameter in names[place:]}
+    return [parameter for _, parameter in names[:place] if id(parameter) not in later]
+
+
+def _gradient_norm(layer: nn.Module) -> Tensor:
+    gradients = [p.grad for p in layer.parameters() if p.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=next(layer.parameters()).device)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+
+
+def _detach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cut(value: Any) -> Any:
+        return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
