@@ -137,7 +137,8 @@ def controller(method: str) -> Any:
     if first != "ours" or base in PEERS or any(name not in FACTORS for name in named):
         raise ValueError(f"{method!r} is not SCHEDULE+ours, followed by -FACTOR or -only-FACTOR of {FACTORS}.")
     off = [name for name in FACTORS if (name not in named) == only] if named else []
-    return adaptrain.LearningRateController(**dict.fromkeys(off, False))
+    switches: dict[str, Any] = dict.fromkeys(off, False)
+    return adaptrain.LearningRateController(**switches)
 
 
 class _Mode(pl.Callback):
@@ -169,6 +170,8 @@ def _optimizer_of(method: str, module: Any, *, lr: float, steps: int) -> Any:
 
     def configure() -> Any:
         optimizer = own()["optimizer"]
+        for group in optimizer.param_groups:
+            group["lr"] = group.pop("initial_lr")  # the module's schedule has set it for its first step
         if method == "schedulefree":
             from schedulefree import AdamWScheduleFree
 
@@ -244,6 +247,9 @@ def untrained(task: Task, seed: int) -> dict[str, Any]:
 
 
 def _trainer(task: Task, callbacks: list[Any], *, validate: bool = False) -> Any:
+    validation: dict[str, Any] = {"limit_val_batches": 0}
+    if validate:
+        validation = {"val_check_interval": max(1, task.steps // 20)}
     return pl.Trainer(
         accelerator="cpu",
         max_steps=task.steps,
@@ -258,7 +264,7 @@ def _trainer(task: Task, callbacks: list[Any], *, validate: bool = False) -> Any
         default_root_dir=_FOLDER.name,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=None,
-        **({"val_check_interval": max(1, task.steps // 20)} if validate else {"limit_val_batches": 0}),
+        **validation,
     )
 
 
@@ -278,16 +284,17 @@ def _find_rate(task: Task, module: Any, data: Any) -> float | None:
 def evaluate(module: Any, loader: Any) -> tuple[float, float | None]:
     """Returns the mean loss over samples (or predicted tokens) and the accuracy, None for a language model."""
     module.eval()
-    total, weight, right = 0.0, 0, 0
+    total, weight, right, classes = 0.0, 0, 0, False
     for batch in loader:
         output = module.model(**batch)
         labels = batch["labels"]
-        count = len(labels) if labels.ndim == 1 else int((labels[:, 1:] != -100).sum())
+        classes = labels.ndim == 1
+        count = len(labels) if classes else int((labels[:, 1:] != -100).sum())
         total += float(output.loss) * count
         weight += count
-        if labels.ndim == 1:
+        if classes:
             right += int((output.logits.argmax(-1) == labels).sum())
-    accuracy = right / weight if labels.ndim == 1 else None
+    accuracy = right / weight if classes else None
     return total / weight, accuracy
 
 

@@ -271,15 +271,13 @@ def latency_ratio(dense: Any, other: Any, inputs: Any, *, turns: int = 5) -> flo
 
 def run(job: Job) -> dict[str, Any]:
     """Trains one arm and says what came of it."""
-    warnings.simplefilter("ignore")
-    for name in ("pytorch_lightning", "lightning.pytorch"):  # the one imported last prints for both
-        logging.getLogger(name).setLevel(logging.WARNING)
-    torch.set_num_threads(job.threads)
+    be_quiet(job.threads)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         return _run(job, folder)
 
 
-def _run(job: Job, folder: str) -> dict[str, Any]:
+def prepare(job: Job) -> tuple[Any, Any]:
+    """Returns the data, set up, and the module that is to be trained."""
     pl.seed_everything(job.seed, verbose=False)
     limits: dict[str, Any] = {f"limit_{split}": job.limit for split in ("train", "val", "test")}
     files = {f"{name}_file": f"{job.data}/{file}.tsv" for name, file in (("train", "train"), ("val", "dev"))}
@@ -293,6 +291,41 @@ def _run(job: Job, folder: str) -> dict[str, Any]:
     )
     data.setup("fit")
     module: Any = TextClassifier(data=data, name_or_path=job.model, lr=job.lr, schedule="linear")
+    return data, module
+
+
+def make_trainer(job: Job, callbacks: list[Any], folder: str, **settings: Any) -> Any:
+    """Returns a quiet trainer for the job."""
+    if job.micro_batch_size is not None:
+        callbacks = [
+            *callbacks,
+            adaptrain.BatchSizeController(micro_batch_size=job.micro_batch_size, split_by="tokens"),
+        ]
+    usual: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "precision": job.precision,
+        "max_epochs": job.epochs,
+        "callbacks": callbacks,
+        "logger": False,
+        "default_root_dir": folder,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return pl.Trainer(**(usual | settings))
+
+
+def be_quiet(threads: int) -> None:
+    """Keeps libraries' notices out of the output, and torch to some threads."""
+    warnings.simplefilter("ignore")
+    for name in ("pytorch_lightning", "lightning.pytorch"):  # the one imported last prints for both
+        logging.getLogger(name).setLevel(logging.WARNING)
+    torch.set_num_threads(threads)
+
+
+def _run(job: Job, folder: str) -> dict[str, Any]:
+    data, module = prepare(job)
     dense = find_family(module).dense_twin()
     shape = typical_shape(data.train_dataloader())
     watch, note = Watch(), ""
@@ -301,20 +334,7 @@ def _run(job: Job, folder: str) -> dict[str, Any]:
         with watch("table"):
             module.model, note = truncated(module.model, job.target, shape)
     callbacks = CALLBACKS[job.method.partition("+")[0]](job, watch, shape)
-    if job.micro_batch_size is not None:
-        callbacks.append(adaptrain.BatchSizeController(micro_batch_size=job.micro_batch_size, split_by="tokens"))
-    trainer: Any = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        precision=job.precision,
-        max_epochs=job.epochs,
-        callbacks=callbacks,
-        logger=False,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = make_trainer(job, callbacks, folder)
     pl.seed_everything(job.seed, verbose=False)
     with PeakMemory() as memory:
         trainer.fit(module, data)

@@ -28,8 +28,9 @@ class LayerFreezing(AdaptiveCallback):
     forward and two thirds backward, two thirds are saved. Embeddings tied to the output go on learning from there. The
     optimizer keeps its state for layers that thaw. Frozen weights take no weight decay.
 
-    Nothing is frozen while `ProgressivePruning` has events to come, since it reads the gradients of all layers; one
-    that comes thaws what is frozen. In `DistributedDataParallel` the wrapper is built anew at each change, on all ranks alike.
+    Nothing is frozen while `ProgressivePruning` has events to come, since it reads the gradients of all layers, and a
+    change of structure thaws what is frozen. In `DistributedDataParallel` the wrapper is built anew at each change, on
+    all ranks alike.
 
     Args:
         by: `"signal"`: layers whose gradients change least (AutoFreeze); `"schedule"`: evenly from `begin` to `end`
@@ -231,7 +232,7 @@ def _gradient_norm(layer: nn.Module) -> Tensor:
     gradients = [p.grad for p in layer.parameters() if p.grad is not None]
     if not gradients:
         return torch.zeros((), device=next(layer.parameters()).device)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]))
 
 
 def _detach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

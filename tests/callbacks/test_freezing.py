@@ -89,7 +89,12 @@ def test_no_backward_runs_through_frozen_layers(tmp_path) -> None:
 
 
 def test_tied_embeddings_go_on_learning_from_the_output(tmp_path) -> None:
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     config = LlamaConfig(vocab_size=64, num_hidden_layers=4, tie_word_embeddings=True, pad_token_id=0, **shape)
 
     class Module(Watched):
@@ -137,7 +142,7 @@ def test_a_dry_run_freezes_nothing(tmp_path) -> None:
 
 
 def test_an_encoder_with_a_decoder_is_refused(tmp_path) -> None:
-    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     with pytest.raises(ConfigurationError, match="no chain"):
         quiet_trainer(tmp_path, callbacks=[soon()]).fit(TextModule(T5ForConditionalGeneration(config)), text_loader())
 

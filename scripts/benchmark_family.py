@@ -1,0 +1,182 @@
+"""One run, many models: a family's members, cascade, lower precision, soups and frozen layers, measured on MiniLM.
+
+Parts, each with each seed in a process of its own, appended to the JSON file when done and left out when run again:
+
+    family    one progressive run with FamilyCheckpoint: its members; the same sizes each pruned alone in an equal share
+              of the family's wall time; a cascade at half the cost; members in lower precision
+    soup      three fine-tunings from one initialisation, and their greedy and uniform soup
+    freezing  one fine-tuning plain, and with LayerFreezing by signal and by schedule
+
+Latencies are fractions of the dense model's, measured in turns. Choices are made on dev.tsv, results are of test.tsv.
+
+    pip install 'adaptrain[bench]'
+    python scripts/benchmark_family.py --model MODEL_FOLDER --data DATA_FOLDER --seeds 0 1 2
+    python scripts/benchmark_family.py ... --parts soup --epochs 1 --limit 320     # a quick look
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+PARTS = ("family", "soup", "freezing")
+COLUMNS = ("part", "arm", "runs", "dev %", "test %", "latency", "size", "wall s", "notes")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a pretrained BERT encoder, such as MiniLM")
+    parser.add_argument("--data", required=True, help="folder with train.tsv, dev.tsv and test.tsv")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    parser.add_argument("--epochs", type=int, default=3, help="(3)")
+    parser.add_argument("--limit", type=int, help="samples of each split (all)")
+    parser.add_argument("--batch-size", type=int, default=32, help="(32)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak of the linear schedule (1e-4)")
+    parser.add_argument("--recovery-steps", type=int, default=60, help="of each member but the best (60)")
+    parser.add_argument("--threads", type=int, default=2, help="(2)")
+    parser.add_argument("--precision", default="32-true", help="of training, as Lightning names it (32-true)")
+    parser.add_argument("--micro-batch-size", type=int, help="samples at once, sorted by length (the whole batch)")
+    parser.add_argument("--json", type=Path, default=Path("benchmark_family.json"), help="(%(default)s)")
+    parser.add_argument("--plot", type=Path, default=Path("benchmark_family.png"), help="(%(default)s)")
+    args = parser.parse_args(arguments)
+
+    settings = {
+        name: getattr(args, name)
+        for name in ("epochs", "limit", "batch_size", "lr", "threads", "precision", "micro_batch_size")
+    }
+    rows = _load(args.json, settings)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # heard by the processes started below
+    for seed in args.seeds:
+        for part in args.parts:
+            if any((row["part"], row["seed"]) == (part, seed) for row in rows):
+                continue
+            print(f"{part}, seed {seed} ...", flush=True)
+            job = {"seed": seed, "model": args.model, "data": args.data, **settings}
+            rows += _run_in_process(part, job, args.recovery_steps)
+            _save(args.json, settings, rows)
+    print("\n" + table(rows))
+    plot(rows, args.plot)
+    print(f"\n{args.json} and {args.plot}")
+
+
+def _run_in_process(part: str, job: dict[str, Any], recovery_steps: int) -> list[dict[str, Any]]:
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(part, job, recovery_steps, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise SystemExit(f"{part} with seed {job['seed']} failed; what is done is kept.") from None
+
+
+def _run(part: str, job: dict[str, Any], recovery_steps: int, sender: Any) -> None:
+    from family_arms import run
+    from pruning_arms import Job
+
+    sender.send(run(part, Job(arm="dense", **job), recovery_steps=recovery_steps))
+
+
+def _load(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["settings"] != settings:
+        raise SystemExit(f"{path} holds results of other settings, {found['settings']}. Give another --json.")
+    return found["rows"]
+
+
+def _save(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1), encoding="utf-8")
+    part.replace(path)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the results as text, one line an arm: means of accuracies, medians of costs, over the seeds."""
+    lines: list[tuple[str, ...]] = [COLUMNS]
+    for part, arm in dict.fromkeys((row["part"], row["arm"]) for row in rows):
+        runs = [row for row in rows if (row["part"], row["arm"]) == (part, arm)]
+
+        def number(name: str, how: Any, form: str, factor: float = 1, runs: list[dict[str, Any]] = runs) -> str:
+            values = [factor * row[name] for row in runs if row.get(name) is not None]
+            return f"{how(values):{form}}" if values else "-"
+
+        lines.append(
+            (
+                *(part, arm, str(len(runs))),
+                number("dev", statistics.mean, ".1f", 100),
+                number("test", statistics.mean, ".1f", 100),
+                number("latency", statistics.median, ".3f"),
+                number("size", statistics.median, ".3f"),
+                number("wall_s", statistics.median, ".0f"),
+                _notes(runs),
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
+
+
+def _notes(runs: list[dict[str, Any]]) -> str:
+    notes = []
+    for row in runs:
+        if "escalated" in row:
+            notes.append(
+                f"{row['escalated']:.1%} escalated; {row['members'][0]} alone {row['test_small']:.1%} at"
+                f" {row['latency_small']:.2f}, {row['members'][1]} alone {row['test_large']:.1%}"
+            )
+        elif "note" in row:
+            notes.append(row["note"])
+    return "; ".join(notes)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws test accuracy over latency for all that answers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    kinds = {
+        "members": lambda row: row["arm"].startswith("member "),
+        "pruned alone, same time": lambda row: row["arm"] == "pruned alone",
+        "cascade": lambda row: row["arm"] == "cascade" and "test" in row,
+        "int8": lambda row: row["arm"].startswith("int8_dynamic"),
+        "bfloat16": lambda row: row["arm"].startswith("bf16"),
+        "fine-tuned": lambda row: row["arm"] == "fine-tuned",
+        "soups": lambda row: "soup" in row["arm"],
+        "frozen layers": lambda row: row["arm"].startswith("freezing"),
+    }
+    for marker, (name, belongs) in zip("osD^vP*X", kinds.items(), strict=True):
+        chosen = [row for row in rows if belongs(row)]
+        if not chosen:
+            continue
+        points = sorted((row.get("latency", 1.0), 100 * row["test"]) for row in chosen)
+        style = (
+            "-" if name in ("members", "pruned alone, same time") and len({row["seed"] for row in rows}) == 1 else ""
+        )
+        axes.plot(*zip(*points, strict=True), marker=marker, linestyle=style or "none", label=name, alpha=0.8)
+    axes.set_xscale("log")
+    ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("measured latency, as a fraction of the dense model's")
+    axes.set_ylabel("test accuracy in %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

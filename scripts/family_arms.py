@@ -1,0 +1,222 @@
+"""The parts of benchmark_family.py: how each trains, and what it measures."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pruning_arms import Job, be_quiet, latency_ratio, make_trainer, prepare
+
+import adaptrain
+from adaptrain.compression import quantize
+from adaptrain.fusion import merge
+from adaptrain.nlp.quiet import quiet_transformers
+from adaptrain.pruning import cost
+from adaptrain.pruning.families import find_family
+from adaptrain.pruning.shape import typical_shape
+
+PARTS = ("family", "soup", "freezing")
+SMALLEST = 0.28  # of the dense latency: where the family's run ends
+EVENTS = 3
+RATES = (1.0, 0.5, 2.0)  # of the rate, for the members of a soup
+
+
+def run(part: str, job: Job, *, recovery_steps: int) -> list[dict[str, Any]]:
+    """Runs one part with one seed and returns its rows."""
+    be_quiet(job.threads)
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        rows = {
+            "family": lambda: _family(job, Path(folder), recovery_steps),
+            "soup": lambda: _soup(job, folder),
+            "freezing": lambda: _freezing(job, folder),
+        }[part]()
+    return [{"part": part, "seed": job.seed, **row} for row in rows]
+
+
+def _family(job: Job, folder: Path, recovery_steps: int) -> list[dict[str, Any]]:
+    """One run and its members, as many separate runs in the same wall time, a cascade, and lower precision."""
+    data, module = prepare(job)
+    dense = find_family(module).dense_twin()
+    shape = typical_shape(data.train_dataloader())
+    inputs = cost.example_inputs(module.model, *shape)
+    pruning = adaptrain.ProgressivePruning(
+        target={"latency": SMALLEST},
+        latency_input=shape,
+        schedule=adaptrain.CubicSchedule(begin=0.3, end=0.7, events=EVENTS),
+    )
+    keep = adaptrain.FamilyCheckpoint(latency_input=shape, recovery_steps=recovery_steps)
+    trainer = make_trainer(job, [pruning, keep], str(folder))
+    began = time.perf_counter()
+    pl.seed_everything(job.seed, verbose=False)
+    trainer.fit(module, data)
+    wall = time.perf_counter() - began
+    family = adaptrain.ModelFamily.load(folder)
+    rows: list[dict[str, Any]] = []
+    targets: dict[str, float] = {}
+    for member in family:
+        model = member.model()
+        ratio = latency_ratio(dense, model, inputs)
+        row = {"arm": f"member {member.name}", "latency": ratio, "params": cost.count_params(model)}
+        rows.append(row | _accuracies(trainer, module, data, model) | {"wall_s": wall})
+        targets[member.name] = ratio
+    rows += _cascades(family, data, trainer, module)
+    rows += _quantized(family, data, trainer, module, dense, inputs)
+    smaller = {name: ratio for name, ratio in targets.items() if ratio < 0.95}
+    for name, ratio in smaller.items():
+        rows.append(_alone(job, str(folder / "alone" / name), ratio, wall / max(1, len(smaller)), shape))
+    return rows
+
+
+def _alone(job: Job, folder: str, target: float, seconds: float, shape: tuple[int, int]) -> dict[str, Any]:
+    """Prunes to one member's latency in its share of the family's wall time, on a schedule that ends with it."""
+    data, module = prepare(job)
+    dense = find_family(module).dense_twin()
+    pruning = adaptrain.ProgressivePruning(target={"latency": target}, latency_input=shape)
+    trainer = make_trainer(
+        job, [adaptrain.WallClock(minutes=seconds / 60), pruning], folder, max_epochs=-1, max_steps=-1
+    )
+    began = time.perf_counter()
+    pl.seed_everything(job.seed, verbose=False)
+    trainer.fit(module, data)
+    row = {"arm": "pruned alone", "wall_s": time.perf_counter() - began, "steps": trainer.global_step}
+    row |= {"latency": latency_ratio(dense, module.model, cost.example_inputs(module.model, *shape))}
+    return row | {"params": cost.count_params(module.model)} | _accuracies(trainer, module, data, module.model)
+
+
+def _cascades(family: Any, data: Any, trainer: Any, module: Any) -> list[dict[str, Any]]:
+    """Chosen on the dev split that the run kept; accuracy and time of the test split, beside its two members."""
+    try:
+        cascade = family.cascade(cost=0.5)
+    except adaptrain.ConfigurationError as error:
+        return [{"arm": "cascade", "note": str(error)}]
+    data.setup("test")
+    ids = [data.test_dataloader().dataset[i]["input_ids"] for i in range(len(data.test_dataloader().dataset))]
+    labels = torch.tensor([int(s["labels"]) for s in data.test_dataloader().dataset])
+    parts = {"cascade": cascade.threshold, "small": -1.0, "large": 2.0}  # nothing, or everything, is escalated
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    right: dict[str, float] = {}
+    shares: dict[str, float] = {}
+    for _ in range(3):
+        for name, threshold in parts.items():
+            each = copy.copy(cascade)
+            each.threshold = threshold
+            began = time.perf_counter()
+            probabilities, asked = each.classify(ids)
+            spent = time.perf_counter() - began
+            times[name].append(spent)
+            right[name] = float((probabilities.argmax(-1) == labels).float().mean())
+            shares[name] = float(asked.float().mean())
+    # Where everything is escalated the small one has answered too: its time is not the large one's.
+    small = statistics.median(times["small"])
+    large = statistics.median(times["large"]) - small
+    report = cascade.report
+    return [
+        {
+            "arm": "cascade",
+            "test": right["cascade"],
+            "test_small": right["small"],
+            "test_large": right["large"],
+            "latency": statistics.median(times["cascade"]) / large,
+            "latency_small": small / large,
+            "escalated": shares["cascade"],
+            "members": [report.small, report.large],
+            "dev": report.metric,
+        }
+    ]
+
+
+def _quantized(family: Any, data: Any, trainer: Any, module: Any, dense: Any, inputs: Any) -> list[dict[str, Any]]:
+    """The dense member and the smallest in lower precision, by time, size and accuracy."""
+    rows: list[dict[str, Any]] = []
+    first = family["dense"].model()
+    size = _bytes(first)
+    for name in ("dense", "final"):
+        for method in ("int8_dynamic", "bf16"):
+            small = quantize(family[name].model(), method).model
+            row = {"arm": f"{method} of {name}", "latency": latency_ratio(dense, small, inputs)}
+            row |= {"size": _bytes(small) / size}
+            rows.append(row | _accuracies(trainer, module, data, small))
+    return rows
+
+
+def _bytes(model: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def _soup(job: Job, folder: str) -> list[dict[str, Any]]:
+    """Fine-tunings that differ in seed of the order and in rate, from one initialisation, and their averages."""
+    models: list[Any] = []
+    rows: list[dict[str, Any]] = []
+    trainer = module = data = None
+    head = None
+    for number, factor in enumerate(RATES):
+        each = dataclasses.replace(job, lr=job.lr * factor)
+        data, module = prepare(each)
+        head = head or copy.deepcopy(module.model.state_dict())
+        module.model.load_state_dict(head)
+        trainer = make_trainer(each, [], folder)
+        pl.seed_everything(1000 * job.seed + number, verbose=False)
+        trainer.fit(module, data)
+        models.append(copy.deepcopy(module.model))
+        rows.append({"arm": "fine-tuned", "rate": each.lr} | _accuracies(trainer, module, data, module.model))
+
+    def evaluate(model: Any) -> float:
+        return _accuracies(trainer, module, data, model, test=False)["dev"]
+
+    rows.append(
+        {"arm": "greedy soup"} | _accuracies(trainer, module, data, merge(models, "greedy_soup", evaluate=evaluate))
+    )
+    rows.append({"arm": "uniform soup"} | _accuracies(trainer, module, data, merge(models, "uniform_soup")))
+    return rows
+
+
+def _freezing(job: Job, folder: str) -> list[dict[str, Any]]:
+    """The same fine-tuning without and with frozen layers."""
+    rows = []
+    arms: dict[str, list[Any]] = {
+        "dense": [],
+        "freezing by signal": [adaptrain.LayerFreezing()],
+        "freezing by schedule": [adaptrain.LayerFreezing(by="schedule", end=0.3)],
+    }
+    for name, callbacks in arms.items():
+        data, module = prepare(job)
+        trainer = make_trainer(job, callbacks, f"{folder}/{name}")
+        began = time.perf_counter()
+        pl.seed_everything(job.seed, verbose=False)
+        trainer.fit(module, data)
+        row = {"arm": name, "wall_s": time.perf_counter() - began, "latency": 1.0}
+        rows.append(row | _accuracies(trainer, module, data, module.model))
+    return rows
+
+
+def _accuracies(trainer: Any, module: Any, data: Any, model: Any, *, test: bool = True) -> dict[str, float]:
+    """Returns a model's accuracy on the dev split, and the test split."""
+    own, module.model = module.model, model.eval()
+    try:
+        quiet = make_quiet(trainer)
+        found = {"dev": quiet.validate(module, data, verbose=False)[0]["val/accuracy"]}
+        if test:
+            found["test"] = quiet.test(module, data, verbose=False)[0]["test/accuracy"]
+    finally:
+        module.model = own
+    return found
+
+
+def make_quiet(trainer: Any) -> Any:
+    """Returns a trainer without callbacks, in full precision."""
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=trainer.default_root_dir,
+    )
