@@ -38,9 +38,9 @@ class LearningRateController(AdaptiveCallback):
 
     Args:
         align: Raise a rate that is too low.
-        cap: Limit a step that is too long: one that changes a typical weight matrix by more than 1.5% of its size, or
+        cap: Limit a step that is too long: one that changes a typical weight matrix by more than 2% of its size, or
             by 0.08% where the weights were trained before, as told by biases and norms that are not all alike. A number
-            is a limit of your own, such as 0.015 to go on with pretraining.
+            is a limit of your own, such as 0.02 to go on with pretraining.
         plateau: Halve where the loss stands still. `"auto"`: while the scheduler's rate stands still too; True: always;
             False: never.
         recover: Raise the rate for a while after the model was pruned late in its schedule.

@@ -22,7 +22,7 @@ class Cap(Factor):
         kappa: The largest relative change in one step, κ.
     """
 
-    FRESH = 0.015
+    FRESH = 0.02
     TRAINED = 0.0008
 
     _state = ("ratio", "kappa")
