@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,3 +119,121 @@ def test_the_pruning_benchmark_refuses_arms_and_options_it_does_not_know(monkeyp
     assert "no arm 'theirs@0.5'" in str(wrong("theirs@0.5"))
     assert "no option 'magic'" in str(wrong("ours+magic@0.5"))
     assert "no option 'layers'" in str(wrong("dense+layers"))
+
+
+# Learning rate -------------------------------------------------------------------------------------------------------
+
+
+def lr_result(method: str, rate: float | None, seed: int, loss: float, fault: str | None = None) -> dict[str, Any]:
+    losses = {"val_loss": loss, "test_loss": loss, "val_accuracy": None, "test_accuracy": None}
+    return {"task": "task", "method": method, "rate": rate, "seed": seed, "fault": fault} | losses
+
+
+def lr_rows(text: str) -> dict[str, list[str]]:
+    """A report's cells by the first of each line; two spaces stand between cells."""
+    lines = [[cell for cell in line.split("  ") if cell] for line in text.splitlines()]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines if cells}
+
+
+def test_the_learning_rate_report_counts_excess_and_what_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from benchmark_learning_rate import report
+
+    results: list[dict[str, Any]] = [
+        {"task": "task", "method": "untrained", "seed": seed, "test_loss": 5.0} for seed in (0, 1, 2)
+    ]
+    for seed in (0, 1, 2):
+        results += [
+            lr_result("cosine", 1e-3, seed, 2.0 + seed),
+            lr_result("cosine", 1e-2, seed, math.nan),
+            lr_result("cosine+ours", 1e-3, seed, 1.9 + seed),
+            lr_result("cosine+ours", 1e-2, seed, 3.5),
+            lr_result("prodigy", None, seed, 4.0),
+        ]
+    rows = lr_rows(report("task", False, results))
+    assert rows["cosine+ours"] == ["0.300", "0.600", "0.000", "0.600", "-0.100 (-0.100 to -0.100)"]
+    assert rows["cosine"] == ["1.100", "2.100", "0.100", "2.100"]  # a run that diverged is worth no training: 5.0
+    assert rows["prodigy"] == ["1.100", "1.100", "1.100", "1.100"]  # one result, whatever was typed
+    assert list(rows).index("cosine+ours") < list(rows).index("cosine")
+
+
+def test_the_learning_rate_report_shows_faults_beside_the_undisturbed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from benchmark_learning_rate import report
+
+    results = []
+    for seed in (0, 1, 2):
+        results += [
+            lr_result("cosine", 1e-3, seed, 2.0 + seed),
+            lr_result("cosine", 1e-2, seed, 9.0),  # of another rate: not what faults are compared with
+            lr_result("cosine", 1e-3, seed, math.nan if seed else 2.5, "nan"),
+            lr_result("cosine+ours", 1e-3, seed, 1.75 + seed),
+            lr_result("cosine+ours", 1e-3, seed, 2.125 + seed, "nan"),
+        ]
+    rows = lr_rows(report("task", False, results).partition("faults")[2])
+    assert rows["none"] == ["+0.000", "-0.250"]
+    assert rows["nan"] == ["+0.500 (2 of 3 lost)", "+0.125"]
+
+
+def test_the_learning_rate_benchmark_names_its_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from learning_rate_arms import controller, decades
+
+    def switches(method: str) -> dict[str, bool]:
+        made = controller(method)
+        return {name: bool(getattr(made, name)) for name in ("align", "cap", "plateau", "guard", "recover")}
+
+    assert controller("cosine") is None
+    assert switches("wsd+ours") == dict.fromkeys(switches("wsd+ours"), True)
+    assert switches("wsd+ours-align-cap") == switches("wsd+ours") | {"align": False, "cap": False}
+    assert switches("wsd+ours-only-cap") == switches("wsd+ours") | {"align": False, "plateau": False, "guard": False}
+    for wrong in ("cosin", "cosine+theirs", "prodigy+ours", "cosine+ours-magic"):
+        with pytest.raises(ValueError, match=r"no method|is not SCHEDULE"):
+            controller(wrong)
+    assert decades(1e-4, 1e-1, 4) == pytest.approx((1e-4, 1e-3, 1e-2, 1e-1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "cosin"], "There is no method 'cosin'"),
+        (["--tasks", "encoder"], "--tasks encoder needs --model and --data"),
+        (["--tasks", "vision"], "invalid choice: 'vision'"),
+    ],
+)
+def test_the_learning_rate_benchmark_refuses_before_it_starts(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from benchmark_learning_rate import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_learning_rate_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, small_encoder) -> None:
+    model, data = small_encoder
+    out, picture = tmp_path / "rates.json", tmp_path / "rates.png"
+    command = [sys.executable, str(SCRIPTS / "benchmark_learning_rate.py"), "--json", str(out), "--plot", str(picture)]
+    command += ["--tasks", "classifier", "encoder", "--model", str(model), "--data", str(data), "--steps", "12"]
+    command += ["--seeds", "0", "--rates", "1e-3", "--methods"]
+    done = subprocess.run([*command, "cosine", "--parts", "rates"], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first = json.loads(out.read_text())["results"]
+    done = subprocess.run([*command, "cosine*", "p*", "schedulefree"], capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(out.read_text())["results"]
+    assert results[: len(first)] == first  # not run again
+    losses = {(r["task"], r["method"], r["fault"]): r["test_loss"] for r in results if "fault" in r}
+    for task in ("classifier", "encoder"):
+        for method in ("cosine", "cosine+ours", "plateau", "prodigy", "schedulefree"):
+            assert math.isfinite(losses[task, method, None])
+        assert all(math.isfinite(losses[task, "cosine+ours", fault]) for fault in ("nan", "spike", "batch", "prune"))
+        assert not math.isfinite(losses[task, "cosine", "nan"])
+    ratios = [r["ratio"] for r in results if r["method"] == "overhead plain"]
+    assert ratios == [1.0] * 6
+    assert "faults at half of the run" in done.stdout
+    assert picture.stat().st_size > 1000

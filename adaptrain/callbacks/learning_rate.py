@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -46,7 +47,8 @@ class LearningRateController(AdaptiveCallback):
         recover: Raise the rate for a while after the model was pruned late in its schedule.
         guard: Skip non-finite steps and spikes; roll back where training diverged, at most 3 times.
         batch_scaling: With the global batch size the rate scales by its root (`"sqrt"`), in proportion (`"linear"`),
-            not (None), or by the root for Adam and its kin and in proportion for others (`"auto"`).
+            by AdaScale's gain from the noise scale that `GradientNoiseScale` measured and in proportion where none was
+            (`"adascale"`), or not (None). `"auto"`: the root for Adam and its kin, AdaScale for others.
         monitor: A validation metric that plateau watches instead of the training loss, such as `"val/loss"`.
         mode: Whether a lower (`"min"`) or higher (`"max"`) `monitor` is better; `"auto"`: told by its name.
         dry_run: Decide and record, change nothing.
@@ -64,7 +66,7 @@ class LearningRateController(AdaptiveCallback):
         plateau: bool | Literal["auto"] = "auto",
         recover: bool = True,
         guard: bool = True,
-        batch_scaling: Literal["auto", "sqrt", "linear"] | None = "auto",
+        batch_scaling: Literal["auto", "sqrt", "linear", "adascale"] | None = "auto",
         monitor: str | None = None,
         mode: Literal["auto", "min", "max"] = "auto",
         dry_run: bool = False,
@@ -265,7 +267,7 @@ class LearningRateController(AdaptiveCallback):
             self._multiplier.structure_changed(removed, window=self._recovery_window)
             self._sensor.references, self._snapshot = None, None
         elif decision.knob == "global_batch_size":
-            self._multiplier.batch_changed(decision.old, decision.new)
+            self._multiplier.batch_changed(decision.old, decision.new, noise_scale=_noise_scale(decision.readings))
 
     # The record -------------------------------------------------------------------------------------------------
 
@@ -300,3 +302,11 @@ class LearningRateController(AdaptiveCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a checkpoint's state for the start of training, when the optimizer is known."""
         self._loaded = state_dict
+
+
+def _noise_scale(readings: Mapping[str, float]) -> float | None:
+    """Returns the noise scale in samples that a decision was made by; None where it was not by one."""
+    if "noise_trace" not in readings:
+        return None
+    noise, signal = readings["noise_trace"], readings["squared_gradient"]
+    return 0.0 if noise <= 0 else noise / signal if signal > 0 else math.inf

@@ -280,6 +280,20 @@ def test_a_growth_that_costs_speed_is_taken_back_and_the_learning_rate_follows(t
     assert rate.factors["batch"] == pytest.approx(2**0.5, rel=1e-3)
 
 
+def test_the_learning_rate_gains_what_the_measured_noise_allows(tmp_path: Path) -> None:
+    samples, _ = known_noise(64.0, count=1800)
+    policy = GradientNoiseScale(maximum=32, minimum=8, every=25, slowdown=None)
+    controller = BatchSizeController(micro_batch_size=4, global_batch_size=policy)
+    rate = LearningRateController(align=False, cap=False, plateau=False, recover=False, guard=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[controller, rate])
+    trainer.fit(KnownNoise(), DataLoader(samples, batch_size=8, shuffle=True))  # type: ignore[arg-type]
+    made = decisions(trainer)
+    assert made[-1].new == 32
+    noise = made[-1].readings["noise_scale"]
+    assert rate.factors["batch"] == pytest.approx((1 + noise / 8) / (1 + noise / 32), rel=1e-6)
+    assert 1 < rate.factors["batch"] < 4
+
+
 def test_where_nothing_can_be_measured_it_says_so(tmp_path: Path) -> None:
     samples, _ = known_noise(64.0, count=1000)
     controller = BatchSizeController(micro_batch_size=64, global_batch_size=GradientNoiseScale(maximum=64))

@@ -423,7 +423,7 @@ def test_the_effective_rate_is_logged_per_group(tmp_path):
         ({"cap": 0}, "a number above 0; got 0"),
         ({"align": "yes"}, "align must be one of True, False; got 'yes'"),
         ({"plateau": "sometimes"}, "plateau must be one of 'auto', True, False"),
-        ({"batch_scaling": "adascale"}, "batch_scaling must be one of 'auto', 'sqrt', 'linear', None; got 'adascale'"),
+        ({"batch_scaling": "cubic"}, "must be one of 'auto', 'sqrt', 'linear', 'adascale', None; got 'cubic'"),
         ({"mode": "up"}, "mode must be one of"),
         ({"monitor": "val/thing"}, "give mode='min' or mode='max'"),
     ],

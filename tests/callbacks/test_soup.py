@@ -148,7 +148,7 @@ def test_a_resumed_run_goes_on_with_what_its_checkpoint_knows(tmp_path) -> None:
     run(tmp_path / "cut", WeightSoup(keep=2, begin=0.0), first, checkpoint, max_epochs=2, enable_checkpointing=True)
     (tmp_path / "cut" / "soup" / "step=999.ckpt").write_bytes(b"of a run that went further")
     second = Judged(accuracies[2:])
-    checkpoint = ModelCheckpoint(dirpath=tmp_path / "again", save_last=True)
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True)
     trainer = quiet_trainer(
         tmp_path / "cut",
         callbacks=[WeightSoup(keep=2, begin=0.0), checkpoint],

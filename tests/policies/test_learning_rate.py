@@ -233,6 +233,24 @@ def test_batch_that_comes_back_scales_back_to_one():
     assert batch.value == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    ("noise_scale", "expected"),
+    [(0.0, 1.0), (32.0, 2 / 1.25), (1e9, 4.0), (math.inf, 4.0), (None, 4.0)],  # none measured: in proportion
+)
+def test_adascale_gains_what_the_noise_scale_allows(noise_scale, expected):
+    batch = Batch(scaling="adascale")
+    batch.change(32, 128, noise_scale=noise_scale)
+    for _ in range(20):
+        batch.step()
+    assert batch.value == pytest.approx(expected)
+    assert 1 <= batch.value <= 4
+    batch.change(128, 64)  # by the noise scale it knows
+    for _ in range(20):
+        batch.step()
+    known = math.inf if noise_scale is None else noise_scale
+    assert batch.value == pytest.approx(2.0 if math.isinf(known) else (1 + known / 32) / (1 + known / 64))
+
+
 # recover
 
 

@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "plateau": ("auto", True, False),
     "recover": (True, False),
     "guard": (True, False),
-    "batch_scaling": ("auto", "sqrt", "linear", None),
+    "batch_scaling": ("auto", "sqrt", "linear", "adascale", None),
     "mode": ("auto", "min", "max"),
 }
 _LOWER_IS_BETTER = ("loss", "perplexity", "ppl", "nll", "error", "mse", "mae", "rmse", "wer", "cer")
@@ -88,14 +88,14 @@ def build_multiplier(
         plateau: `"auto"`: judge only while the scheduler's rate stands still.
         recover: See `align`.
         guard: See `align`.
-        batch_scaling: `"sqrt"`, `"linear"`, None, or `"auto"`: the root for Adam, else in proportion.
+        batch_scaling: `"sqrt"`, `"linear"`, `"adascale"`, None, or `"auto"`: the root for Adam, else AdaScale's gain.
         metric: The better direction of a validation metric that plateau watches, or None for the training loss.
     """
     judge = Guard() if guard else None
     if own_rate:
         return Multiplier(guard=judge)
     if batch_scaling == "auto":
-        batch_scaling = "sqrt" if kind == "adam" else "linear"
+        batch_scaling = "sqrt" if kind == "adam" else "adascale"
     kappa = (Cap.TRAINED if trained else Cap.FRESH) if isinstance(cap, bool) else cap
     watch = MetricPlateau(mode=metric) if metric is not None else LossPlateau(anneal=plateau is True)
     return Multiplier(

@@ -144,10 +144,10 @@ class Multiplier:
             self.recover.open(removed=removed, peak_over_now=ratio, window=window)
         self._forget()
 
-    def batch_changed(self, old: float, new: float) -> None:
-        """Takes in another global batch size."""
+    def batch_changed(self, old: float, new: float, *, noise_scale: float | None = None) -> None:
+        """Takes in another global batch size, and the gradient noise scale in samples where it was measured."""
         if self.batch is not None:
-            self.batch.change(old, new)
+            self.batch.change(old, new, noise_scale=noise_scale)
         self._forget()
 
     def _forget(self) -> None:
