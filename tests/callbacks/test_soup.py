@@ -139,6 +139,7 @@ def test_a_dry_run_says_what_it_would_do(tmp_path) -> None:
     assert decision.new > decision.old
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # it is what we resume from
 def test_a_resumed_run_goes_on_with_what_its_checkpoint_knows(tmp_path) -> None:
     accuracies = [0.9, 0.3, 0.8, 0.7]
     whole = Judged(accuracies)
