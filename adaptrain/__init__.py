@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adaptrain import fusion as fusion
     from adaptrain.budget import Budget as Budget
     from adaptrain.budget import Progress as Progress
+    from adaptrain.callbacks.adapters import LowRankAdapters as LowRankAdapters
     from adaptrain.callbacks.base import AdaptiveCallback as AdaptiveCallback
     from adaptrain.callbacks.batch_size import BatchSizeController as BatchSizeController
     from adaptrain.callbacks.distillation import Distillation as Distillation
@@ -62,6 +63,7 @@ _NAMES = {
     "LayerFreezing": "adaptrain.callbacks.freezing",
     "LearningRateController": "adaptrain.callbacks.learning_rate",
     "LinearSchedule": "adaptrain.policies.sparsity",
+    "LowRankAdapters": "adaptrain.callbacks.adapters",
     "ModelFamily": "adaptrain.family.model_family",
     "OneShotSchedule": "adaptrain.policies.sparsity",
     "Progress": "adaptrain.budget",

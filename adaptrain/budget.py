@@ -26,6 +26,7 @@ class Budget:
         memory: Inference memory (weights and activations), as a fraction.
         latency_ms: Measured inference time of the final model in milliseconds.
         params_m: Parameters in millions.
+        trainable_params_m: Parameters that training may change, in millions; the others stay as they were.
 
     Raises:
         ConfigurationError: A value is not a number in its range.
@@ -39,6 +40,7 @@ class Budget:
     memory: float | None = None
     latency_ms: float | None = None
     params_m: float | None = None
+    trainable_params_m: float | None = None
 
     def __post_init__(self) -> None:
         for spec in fields(self):

@@ -24,7 +24,7 @@ def test_a_fraction_outside_its_range_names_itself_and_the_value(name, value):
         Budget(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["memory_gib", "wall_clock_min", "latency_ms", "params_m"])
+@pytest.mark.parametrize("name", ["memory_gib", "wall_clock_min", "latency_ms", "params_m", "trainable_params_m"])
 @pytest.mark.parametrize("value", [0, -1, math.nan, "4GB"])
 def test_an_absolute_limit_must_be_positive(name, value):
     with pytest.raises(ConfigurationError, match=rf"budget\.{name} must be .*got {value!r}"):

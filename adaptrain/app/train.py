@@ -131,6 +131,11 @@ def _train(cfg: DictConfig, folder: Path, resumed: Any, overrides: Sequence[str]
     trainer = build_trainer(cfg, callbacks)
     if budget.target and "pruning" not in named:
         log.warning("The budget asks for a smaller model (%s), but nothing in callbacks prunes.", _given(budget.target))
+    if budget.trainable_params_m is not None and "adapters" not in named:
+        log.warning(
+            "budget.trainable_params_m=%g, but nothing in callbacks sees to it: callbacks=[default,adapters].",
+            budget.trainable_params_m,
+        )
     data = build(cfg.data, "data")
     data.prepare_data()
     data.setup("fit")

@@ -92,6 +92,10 @@ def load(path: Path) -> Trained:
         raise ConfigurationError(f"{path} does not fit the model of the run {folder}: {error}") from error
     from transformers import AutoTokenizer
 
+    from adaptrain.execution.adapters import merge_adapters
+
+    merge_adapters(model)
+
     return Trained(
         model=model.eval(),
         tokenizer=AutoTokenizer.from_pretrained(str(described)),

@@ -189,9 +189,10 @@ def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch
 
 
 def _too_slow(small: Member, large: Member, least: float, cost: float) -> str:
+    excess = f"{least - cost:.2g} too much" if least > cost else "which leaves nothing to escalate with"
     return (
-        f"cost={cost:g} cannot be met: {small.name!r} alone, which sees every sample, takes {least:.2f} of the time of"
-        f" {large.name!r}, {least - cost:.2g} too much. Raise the cost, or prune further."
+        f"cost={cost:g} cannot be met: {small.name!r} alone, which sees every sample, takes {least:.3f} of the time of"
+        f" {large.name!r}, {excess}. Raise the cost, or prune further."
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch.optim.swa_utils import AveragedModel
 
+from adaptrain.execution import adapters
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.surgery import resize
@@ -18,7 +19,7 @@ Module = TypeVar("Module")
 
 
 def replay(module: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Gives a module's model the shapes that a checkpoint's weights have; its own weights are lost.
+    """Gives a module's model the shapes, and the adapters, that a checkpoint's weights have; its own weights are lost.
 
     Args:
         module: A module, or a model; dense, or pruned in any way.
@@ -30,6 +31,7 @@ def replay(module: Any, checkpoint: Mapping[str, Any]) -> None:
     for average in module.modules():
         if isinstance(average, AveragedModel):  # of the model, kept beside it
             replay(average.module, checkpoint)
+    adapters.replay_adapters(module, checkpoint.get(adapters.CHECKPOINT_KEY))
     saved = checkpoint.get(CHECKPOINT_KEY)
     if saved is None and not any(map(structures.is_pruned, module.modules())):
         return
@@ -44,10 +46,10 @@ def replay(module: Any, checkpoint: Mapping[str, Any]) -> None:
 
 
 def load_from_checkpoint(module_class: type[Module], path: str | os.PathLike[str], **kwargs: Any) -> Module:
-    """Loads a LightningModule from a checkpoint of a run that pruned it, without a trainer.
+    """Loads a LightningModule from a checkpoint of a run that pruned it, or trained adapters, without a trainer.
 
     Like Lightning's `ModuleClass.load_from_checkpoint`, which fails on a pruned model because it builds it dense; a
-    checkpoint of a dense model loads as well.
+    checkpoint of a dense model loads as well. Adapters are merged into the weights.
 
     Args:
         module_class: The LightningModule's class.
@@ -68,4 +70,5 @@ def load_from_checkpoint(module_class: type[Module], path: str | os.PathLike[str
 
     module = Replaying.load_from_checkpoint(path, **kwargs)  # type: ignore[attr-defined]
     module.__class__ = module_class
+    adapters.merge_adapters(module)
     return module

@@ -20,9 +20,6 @@ _HINT = "Say the shape to measure at: latency_input=(batch, sequence), for examp
 def typical_shape(loader: Any) -> tuple[int, int]:
     """Returns the median (batch, sequence) of a few batches that a loader would make.
 
-    The batches are collated from samples spread evenly over the dataset; the loader itself is not iterated, and the
-    random state is put back, so training sees the same batches as without this.
-
     Args:
         loader: A `torch.utils.data.DataLoader` over a map-style dataset.
 
@@ -32,24 +29,50 @@ def typical_shape(loader: Any) -> tuple[int, int]:
     Raises:
         ConfigurationError: The loader is of another kind, or its batches hold no token ids.
     """
+    batches = sample_batches(loader, _BATCHES, hint=_HINT)
+    return _batch_size(loader) or 1, round(statistics.median(map(_length, batches)))
+
+
+def sample_batches(loader: Any, count: int, *, size: int | None = None, hint: str) -> list[Any]:
+    """Returns batches that a loader would make, without disturbing it.
+
+    They are collated from samples spread evenly over the dataset; the loader itself is not iterated, and the random
+    state is put back, so training sees the same batches as without this.
+
+    Args:
+        loader: A `torch.utils.data.DataLoader` over a map-style dataset.
+        count: How many at most; small data has fewer.
+        size: Samples in each at most; None: the loader's batch size.
+        hint: What to do where the loader is of another kind.
+
+    Raises:
+        ConfigurationError: The loader is of another kind.
+    """
     dataset: Any = getattr(loader, "dataset", None)
     collate: Any = getattr(loader, "collate_fn", None)
-    sampler = getattr(loader, "batch_sampler", None)
-    size = getattr(sampler, "batch_size", None) or getattr(loader, "batch_size", None)
-    if collate is None or size is None or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    own = _batch_size(loader)
+    if collate is None or own is None:
         raise ConfigurationError(
-            f"The typical batch shape cannot be read from a {type(loader).__name__} over {type(dataset).__name__}: it"
-            f" needs a DataLoader over a dataset with a length. {_HINT}"
+            f"Batches cannot be sampled from a {type(loader).__name__} over {type(dataset).__name__}: it needs a"
+            f" DataLoader over a dataset with a length. {hint}"
         )
-    size = min(int(size), len(dataset))
-    count = min(_BATCHES, len(dataset) // size)
+    size = min(own, size or own)
+    count = min(count, len(dataset) // size)
     stride = max(1, len(dataset) // (count * size))
-    lengths = []
     with _random_state_kept():
-        for number in range(count):
-            indices = range(number * size * stride, (number + 1) * size * stride, stride)
-            lengths.append(_length(collate([dataset[index] for index in indices])))
-    return size, round(statistics.median(lengths))
+        return [
+            collate([dataset[index] for index in range(first, first + size * stride, stride)])
+            for first in range(0, count * size * stride, size * stride)
+        ]
+
+
+def _batch_size(loader: Any) -> int | None:
+    """Returns the samples of a batch, at most those there are; None where it is no loader over a dataset."""
+    dataset: Any = getattr(loader, "dataset", None)
+    size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None) or getattr(loader, "batch_size", None)
+    if size is None or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        return None
+    return min(int(size), len(dataset))
 
 
 def _length(batch: Any) -> int:

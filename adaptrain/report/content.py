@@ -21,10 +21,17 @@ _BUDGET_LABELS = {
     "memory": "inference memory",
     "latency_ms": "latency",
     "params_m": "parameters",
+    "trainable_params_m": "trainable parameters",
     "memory_gib": "training memory",
     "wall_clock_min": "training time",
 }
-_BUDGET_UNITS = {"latency_ms": " ms", "params_m": " M", "memory_gib": " GiB", "wall_clock_min": " min"}
+_BUDGET_UNITS = {
+    "latency_ms": " ms",
+    "params_m": " M",
+    "trainable_params_m": " M",
+    "memory_gib": " GiB",
+    "wall_clock_min": " min",
+}
 _FRACTIONS = {"latency", "params", "flops", "memory"}
 
 

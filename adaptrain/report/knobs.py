@@ -26,6 +26,7 @@ _KNOB_LABELS = {
     "family": "family (members kept)",
     "precision": "precision of the copy that is left",
     "recovery": "recovery (a member's metric)",
+    "trainable_params": "trainable parameters",
     "wall_clock": "wall clock (steps planned and taken)",
 }
 
@@ -50,7 +51,7 @@ def knob_value(knob: str, value: Any) -> str:
     """A knob's value as text: parameters in millions, a multiplier as `0.50x`, zeros in percent."""
     if not is_number(value):
         return MISSING if value is None else str(value)
-    if knob == "structure":
+    if knob in ("structure", "trainable_params"):
         return f"{significant(value / 1e6)} M"
     if knob == "weight_sparsity":
         return f"{value:.0%}"

@@ -128,6 +128,7 @@ def summarize(
         before = pruning_report["dense"]
         dense = _column(before, shape, metric=_number(before["metrics"].get(metric)))
         source = _before_pruning(before["step"], metric, dense.metric)
+    decisions = list(decisions)
     return Summary(
         experiment=experiment,
         run_dir=str(run_dir),
@@ -142,7 +143,7 @@ def summarize(
         dense=dense,
         dense_source=source,
         final=final,
-        constraints=_constraints(budget, pruning_report, final),
+        constraints=_constraints(budget, pruning_report, final, decisions),
         decisions=dict(Counter(decision.knob for decision in decisions)),
     )
 
@@ -214,13 +215,18 @@ def _twin_costs(module: Any, final: Column) -> dict[str, Any] | None:
     }
 
 
-def _constraints(budget: Budget, pruning_report: Mapping[str, Any] | None, final: Column) -> tuple[Constraint, ...]:
+def _constraints(
+    budget: Budget, pruning_report: Mapping[str, Any] | None, final: Column, decisions: Iterable[Decision]
+) -> tuple[Constraint, ...]:
     answered = [Constraint(**item) for item in pruning_report["constraints"]] if pruning_report else []
     seen = {constraint.name for constraint in answered}
     # Without pruning the final model is the dense one: every fraction of it is 1.
     own: dict[str, float | None] = dict.fromkeys(FRACTIONS, 1.0)
     own |= {"latency_ms": final.latency_ms, "params_m": final.params / 1e6}
     checks = [(name, limit, own[name]) for name, limit in budget.target.items() if name not in seen]
+    if budget.trainable_params_m is not None:
+        told = [each.new for each in decisions if each.knob == "trainable_params" and each.applied]
+        checks.append(("trainable_params_m", budget.trainable_params_m, (told[-1] if told else final.params) / 1e6))
     if budget.memory_gib is not None:
         peak = None if final.peak_memory_bytes is None else final.peak_memory_bytes / GIB
         checks.append(("memory_gib", budget.memory_gib, peak))

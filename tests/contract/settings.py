@@ -129,6 +129,21 @@ SETTINGS = {
             frozenset({"frozen_layers"}),
         ),
         Setting(
+            "LowRankAdapters",
+            "adapters",
+            {"target": {"trainable_params": 0.3}, "samples": 16},
+            (
+                ({"target": {"rank": 4}}, "rank"),
+                ({"target": {"trainable_params": 2}}, "trainable_params"),
+                ({"target": {"trainable_params_m": -1}}, "trainable_params_m"),
+                ({"importance": "luck"}, "luck"),
+                ({"max_rank": 0}, "max_rank"),
+                ({"scale": 0}, "scale"),
+                ({"samples": 0}, "samples"),
+            ),
+            frozenset({"trainable_params"}),
+        ),
+        Setting(
             "WeightSoup",
             "soup",
             {},
