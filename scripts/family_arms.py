@@ -97,8 +97,8 @@ def _cascades(family: Any, data: Any, trainer: Any, module: Any) -> list[dict[st
     except adaptrain.ConfigurationError as error:
         return [{"arm": "cascade", "note": str(error)}]
     data.setup("test")
-    ids = [data.test_dataloader().dataset[i]["input_ids"] for i in range(len(data.test_dataloader().dataset))]
-    labels = torch.tensor([int(s["labels"]) for s in data.test_dataloader().dataset])
+    samples = list(data.test_dataloader().dataset)
+    ids, labels = [sample["input_ids"] for sample in samples], torch.stack([sample["labels"] for sample in samples])
     parts = {"cascade": cascade.threshold, "small": -1.0, "large": 2.0}  # nothing, or everything, is escalated
     times: dict[str, list[float]] = {name: [] for name in parts}
     right: dict[str, float] = {}

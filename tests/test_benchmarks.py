@@ -121,6 +121,30 @@ def test_the_pruning_benchmark_refuses_arms_and_options_it_does_not_know(monkeyp
     assert "no option 'layers'" in str(wrong("dense+layers"))
 
 
+@pytest.mark.slow
+def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, small_encoder) -> None:
+    model, data = small_encoder
+    out, picture = tmp_path / "family.json", tmp_path / "family.png"
+    command = [sys.executable, str(SCRIPTS / "benchmark_family.py"), "--model", str(model), "--data", str(data)]
+    command += ["--json", str(out), "--plot", str(picture), "--epochs", "2", "--seeds", "0", "--batch-size", "8"]
+    command += ["--recovery-steps", "4"]
+    done = subprocess.run([*command, "--parts", "soup", "freezing"], capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "soup, seed 0" not in done.stdout  # it was there already
+    rows = json.loads(out.read_text())["rows"]
+    arms = {part: [row["arm"] for row in rows if row["part"] == part] for part in ("soup", "freezing", "family")}
+    assert arms["soup"] == ["fine-tuned"] * 3 + ["greedy soup", "uniform soup"]
+    assert arms["freezing"] == ["dense", "freezing by signal", "freezing by schedule"]
+    assert {"member dense", "member final", "cascade", "int8_dynamic of final", "pruned alone"} <= set(arms["family"])
+    sizes = {row["arm"]: row["size"] for row in rows if "size" in row}
+    assert sizes["int8_dynamic of dense"] < sizes["bf16 of dense"] < 1
+    soups = {row["arm"]: row["dev"] for row in rows if row["part"] == "soup"}
+    assert soups["greedy soup"] >= max(row["dev"] for row in rows if row["arm"] == "fine-tuned")
+    assert picture.stat().st_size > 1000
+
+
 # Learning rate -------------------------------------------------------------------------------------------------------
 
 

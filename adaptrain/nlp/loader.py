@@ -34,6 +34,9 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         return len(self.texts.offsets) - 1 if self.keep is None else len(self.keep)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There is no sample {index}; there are {len(self)}.")  # ends `for sample in dataset`
+        index %= len(self)
         row = index if self.keep is None else int(self.keep[index])
         start, end = self.texts.offsets[row : row + 2].tolist()
         sample = {"input_ids": self.texts.ids[start:end]}

@@ -112,6 +112,14 @@ def test_the_global_random_state_is_not_touched(workers: int) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_dataset_can_be_iterated_and_has_an_end() -> None:
+    data = dataset()
+    assert [int(sample["labels"]) for sample in data] == list(range(len(data)))
+    assert int(data[-1]["labels"]) == len(data) - 1
+    with pytest.raises(IndexError, match=f"no sample {len(data)}"):
+        data[len(data)]
+
+
 def test_a_limited_dataset_serves_the_samples_it_keeps() -> None:
     data = TokenDataset(dataset().texts, torch.arange(23), keep=torch.tensor([7, 2]))
     assert len(data) == 2
