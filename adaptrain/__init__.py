@@ -6,8 +6,9 @@ record why. Names are imported when first used, so `import adaptrain` costs mill
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from adaptrain._lazy import lazily
 
 __version__ = "0.1.0"
 
@@ -82,14 +83,4 @@ _PACKAGES = ("compression", "fusion")
 
 __all__ = ["__version__", *_NAMES, *_PACKAGES]  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return getattr(import_module(_NAMES[name]), name)
-    if name in _PACKAGES:
-        return import_module(f"adaptrain.{name}")
-    raise AttributeError(f"module 'adaptrain' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazily(__name__, _NAMES, packages=_PACKAGES)

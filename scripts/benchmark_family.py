@@ -17,13 +17,13 @@ Latencies are fractions of the dense model's, measured in turns. Choices are mad
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Sequence
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from results import aligned, load_results, run_in_process, save_results
 
 PARTS = ("family", "soup", "freezing")
 COLUMNS = ("part", "arm", "runs", "dev %", "test %", "latency", "size", "wall s", "notes")
@@ -51,53 +51,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name: getattr(args, name)
         for name in ("epochs", "limit", "batch_size", "lr", "threads", "precision", "micro_batch_size")
     }
-    rows = _load(args.json, settings)
+    rows = load_results(args.json, settings)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # heard by the processes started below
     for seed in args.seeds:
         for part in args.parts:
             if any((row["part"], row["seed"]) == (part, seed) for row in rows):
                 continue
             print(f"{part}, seed {seed} ...", flush=True)
-            job = {"seed": seed, "model": args.model, "data": args.data, **settings}
-            rows += _run_in_process(part, job, args.recovery_steps)
-            _save(args.json, settings, rows)
+            job = {"part": part, "recovery_steps": args.recovery_steps, "seed": seed, **settings}
+            job |= {"model": args.model, "data": args.data}
+            rows += run_in_process(_run, what=f"{part} with seed {seed}", **job)
+            save_results(args.json, settings, rows)
     print("\n" + table(rows))
     plot(rows, args.plot)
     print(f"\n{args.json} and {args.plot}")
 
 
-def _run_in_process(part: str, job: dict[str, Any], recovery_steps: int) -> list[dict[str, Any]]:
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(part, job, recovery_steps, sender), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise SystemExit(f"{part} with seed {job['seed']} failed; what is done is kept.") from None
-
-
-def _run(part: str, job: dict[str, Any], recovery_steps: int, sender: Any) -> None:
+def _run(part: str, recovery_steps: int, **job: Any) -> list[dict[str, Any]]:
     from family_arms import run
     from pruning_arms import Job
 
-    sender.send(run(part, Job(arm="dense", **job), recovery_steps=recovery_steps))
-
-
-def _load(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["settings"] != settings:
-        raise SystemExit(f"{path} holds results of other settings, {found['settings']}. Give another --json.")
-    return found["rows"]
-
-
-def _save(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1), encoding="utf-8")
-    part.replace(path)
+    return run(part, Job(arm="dense", **job), recovery_steps=recovery_steps)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -121,9 +95,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 _notes(runs),
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
+    return "\n".join(aligned(lines, right=False))
 
 
 def _notes(runs: list[dict[str, Any]]) -> str:

@@ -26,7 +26,6 @@ validation data, results are of the test data. Each run is appended to the JSON 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import random
@@ -38,6 +37,8 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from results import aligned, load_results, save_results
 
 TASKS = ("language_model", "classifier", "encoder", "long_language_model", "wide_classifier")
 PARTS = ("rates", "faults", "overhead")
@@ -111,12 +112,7 @@ class Store:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
-        self.results: list[dict[str, Any]] = []
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["settings"] != settings:
-                raise SystemExit(f"{path} holds results of other settings, {found['settings']}. Give another --json.")
-            self.results = found["results"]
+        self.results = load_results(path, settings)
 
     def fill(self, pool: ProcessPoolExecutor, jobs: list[dict[str, Any]]) -> None:
         """Runs what is not there yet."""
@@ -130,9 +126,7 @@ class Store:
 
     def keep(self, results: list[dict[str, Any]]) -> None:
         self.results += results
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(json.dumps({"settings": self.settings, "results": self.results}, indent=1), encoding="utf-8")
-        part.replace(self.path)
+        save_results(self.path, self.settings, self.results)
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
@@ -243,11 +237,11 @@ def report(task: str, has_accuracy: bool, results: list[dict[str, Any]]) -> str:
                 + [f"{value:.3f}" for value in spread]
                 + [tuned(task, method, found, results)]
             )
-        lines += _aligned(rows)
+        lines += aligned(rows)
     faults = [r for r in results if r["task"] == task and "fault" in r and "test_loss" in r]
     if any(r["fault"] for r in faults):
         lines += ["", f"{task}, faults at half of the run: {unit} more than the undisturbed bare schedule, medians"]
-        lines += _aligned(_fault_rows(faults, has_accuracy))
+        lines += aligned(_fault_rows(faults, has_accuracy))
     overhead = [r for r in results if r["task"] == task and r["method"].startswith("overhead ")]
     for method in dict.fromkeys(r["method"] for r in overhead):
         ratios = [r["ratio"] for r in overhead if r["method"] == method]
@@ -302,15 +296,6 @@ def _fault_rows(results: list[dict[str, Any]], has_accuracy: bool) -> list[list[
             row.append(f"{median} ({lost} of {len(runs)} lost)" if lost else median)
         rows.append(row)
     return rows
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def plot(tasks: list[tuple[str, bool]], results: list[dict[str, Any]], path: Path) -> None:

@@ -25,16 +25,16 @@ Data are train.tsv, dev.tsv and test.tsv with lines of sentence<TAB>label and no
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import statistics
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from results import aligned, load_results, run_in_process, save_results
 
 ARMS = (
     "dense",
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "precision": args.precision,
         "micro_batch_size": args.micro_batch_size,
     }
-    results = _load(args.json, settings)
+    results = load_results(args.json, settings)
     done = {(result["arm"], result["seed"]) for result in results}
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # heard by the processes started below
     for seed in args.seeds:
@@ -96,9 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (arm, seed) in done:
                 continue
             print(f"{arm}, seed {seed} ...", flush=True)
-            result = _run_in_process(arm=arm, seed=seed, data=args.data, model=args.model, **settings)
+            what = f"{arm} with seed {seed}"
+            result = run_in_process(_run, what=what, arm=arm, seed=seed, data=args.data, model=args.model, **settings)
             results.append(result)
-            _save(args.json, settings, results)
+            save_results(args.json, settings, results)
             print(f"  test {result['test']:.2%}, latency {result['latency']:.3f}, {result['wall_s']:.0f} s", flush=True)
     print("\n" + table(results))
     plot(results, args.plot)
@@ -120,41 +121,13 @@ def _chosen(patterns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def _run_in_process(**job: Any) -> dict[str, Any]:
-    """Runs an arm in a fresh process, so that its memory is its own."""
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(job, sender), daemon=True)  # ends with this one
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise SystemExit(f"{job['arm']} with seed {job['seed']} failed; what is done is kept.") from None
-
-
-def _run(job: dict[str, Any], sender: Any) -> None:
+def _run(**job: Any) -> dict[str, Any]:
     from pruning_arms import Job, run
 
     asked = Job(**job)
     if (wrong := asked.unknown()) is not None:
         raise SystemExit(wrong)
-    sender.send(run(asked))
-
-
-def _load(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["settings"] != settings:
-        raise SystemExit(f"{path} holds results of other settings, {found['settings']}. Give another --json.")
-    return found["results"]
-
-
-def _save(path: Path, settings: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"settings": settings, "results": results}, indent=1), encoding="utf-8")
-    part.replace(path)
+    return run(asked)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -184,12 +157,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 *(_spent(runs, name) for name in ("table", "scoring", "events")),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join(aligned(rows))
 
 
 def _spent(runs: list[dict[str, Any]], name: str) -> str:

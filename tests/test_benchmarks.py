@@ -133,7 +133,7 @@ def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, 
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "soup, seed 0" not in done.stdout  # it was there already
-    rows = json.loads(out.read_text())["rows"]
+    rows = json.loads(out.read_text())["results"]
     arms = {part: [row["arm"] for row in rows if row["part"] == part] for part in ("soup", "freezing", "family")}
     assert arms["soup"] == ["fine-tuned"] * 3 + ["greedy soup", "uniform soup"]
     assert arms["freezing"] == ["dense", "freezing by signal", "freezing by schedule"]
