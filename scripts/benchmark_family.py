@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="(32)")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak of the linear schedule (1e-4)")
     parser.add_argument("--recovery-steps", type=int, default=60, help="of each member but the best (60)")
+    parser.add_argument(
+        "--smallest", type=float, default=0.28, help="latency that the family ends at, as a fraction (0.28)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="(2)")
     parser.add_argument("--precision", default="32-true", help="of training, as Lightning names it (32-true)")
     parser.add_argument("--micro-batch-size", type=int, help="samples at once, sorted by length (the whole batch)")
@@ -51,27 +54,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name: getattr(args, name)
         for name in ("epochs", "limit", "batch_size", "lr", "threads", "precision", "micro_batch_size")
     }
-    rows = load_results(args.json, settings)
+    family = {"recovery_steps": args.recovery_steps, "smallest": args.smallest}
+    rows = load_results(args.json, settings | family)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # heard by the processes started below
     for seed in args.seeds:
         for part in args.parts:
             if any((row["part"], row["seed"]) == (part, seed) for row in rows):
                 continue
             print(f"{part}, seed {seed} ...", flush=True)
-            job = {"part": part, "recovery_steps": args.recovery_steps, "seed": seed, **settings}
-            job |= {"model": args.model, "data": args.data}
-            rows += run_in_process(_run, what=f"{part} with seed {seed}", **job)
-            save_results(args.json, settings, rows)
+            job = {"seed": seed, "model": args.model, "data": args.data, **settings}
+            rows += run_in_process(_run, what=f"{part} with seed {seed}", part=part, job=job, **family)
+            save_results(args.json, settings | family, rows)
     print("\n" + table(rows))
     plot(rows, args.plot)
     print(f"\n{args.json} and {args.plot}")
 
 
-def _run(part: str, recovery_steps: int, **job: Any) -> list[dict[str, Any]]:
+def _run(part: str, job: dict[str, Any], **family: Any) -> list[dict[str, Any]]:
     from family_arms import run
     from pruning_arms import Job
 
-    return run(part, Job(arm="dense", **job), recovery_steps=recovery_steps)
+    return run(part, Job(arm="dense", **job), **family)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

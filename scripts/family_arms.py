@@ -23,31 +23,30 @@ from adaptrain.pruning.families import find_family
 from adaptrain.pruning.shape import typical_shape
 
 PARTS = ("family", "soup", "freezing")
-SMALLEST = 0.28  # of the dense latency: where the family's run ends
 EVENTS = 3
 RATES = (1.0, 0.5, 2.0)  # of the rate, for the members of a soup
 
 
-def run(part: str, job: Job, *, recovery_steps: int) -> list[dict[str, Any]]:
+def run(part: str, job: Job, *, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:
     """Runs one part with one seed and returns its rows."""
     be_quiet(job.threads)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         rows = {
-            "family": lambda: _family(job, Path(folder), recovery_steps),
+            "family": lambda: _family(job, Path(folder), recovery_steps, smallest),
             "soup": lambda: _soup(job, folder),
             "freezing": lambda: _freezing(job, folder),
         }[part]()
     return [{"part": part, "seed": job.seed, **row} for row in rows]
 
 
-def _family(job: Job, folder: Path, recovery_steps: int) -> list[dict[str, Any]]:
+def _family(job: Job, folder: Path, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:
     """One run and its members, as many separate runs in the same wall time, a cascade, and lower precision."""
     data, module = prepare(job)
     dense = find_family(module).dense_twin()
     shape = typical_shape(data.train_dataloader())
     inputs = cost.example_inputs(module.model, *shape)
     pruning = adaptrain.ProgressivePruning(
-        target={"latency": SMALLEST},
+        target={"latency": smallest},
         latency_input=shape,
         schedule=adaptrain.CubicSchedule(begin=0.3, end=0.7, events=EVENTS),
     )

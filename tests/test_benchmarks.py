@@ -127,7 +127,7 @@ def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, 
     out, picture = tmp_path / "family.json", tmp_path / "family.png"
     command = [sys.executable, str(SCRIPTS / "benchmark_family.py"), "--model", str(model), "--data", str(data)]
     command += ["--json", str(out), "--plot", str(picture), "--epochs", "2", "--seeds", "0", "--batch-size", "8"]
-    command += ["--recovery-steps", "4"]
+    command += ["--recovery-steps", "4", "--smallest", "0.8"]
     done = subprocess.run([*command, "--parts", "soup", "freezing"], capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
