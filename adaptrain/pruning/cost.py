@@ -8,7 +8,7 @@ import inspect
 import statistics
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptrain.errors import ConfigurationError
 
+_MOST_ROUNDS = 3  # of timed forwards, where the first ones are not enough
 _WARM_UP = 2  # forwards of each model before the clock starts: caches, allocator, kernel selection
 
 
@@ -51,7 +52,11 @@ def size_on_disk_bytes(model: nn.Module) -> int:
 
 
 def measure_latency(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, repeats: int = 20
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    *,
+    repeats: int = 20,
+    enough: Callable[[dict[str, float]], bool] | None = None,
 ) -> dict[str, float]:
     """Measures the forward pass of several models against each other.
 
@@ -63,6 +68,8 @@ def measure_latency(
             mode and without gradients. Their training mode is put back afterwards.
         inputs: The inputs they share.
         repeats: Timed forwards of each model, at least 1.
+        enough: Told the milliseconds by name after that many; where it returns False, as many more are timed, and once
+            more. None: they are always enough.
 
     Returns:
         Milliseconds by name.
@@ -79,11 +86,15 @@ def measure_latency(
         for _ in range(_WARM_UP):
             for name in names:
                 models[name](**inputs)
-        for turn in range(repeats):
-            for position in range(len(names)):
-                name = names[(turn + position) % len(names)]
-                times[name].append(_time_ms(models[name], inputs, device))
-    return {name: statistics.median(sorted(times[name])[: (repeats + 1) // 2]) for name in names}
+        for _ in range(_MOST_ROUNDS):
+            for turn in range(repeats):
+                for position in range(len(names)):
+                    name = names[(turn + position) % len(names)]
+                    times[name].append(_time_ms(models[name], inputs, device))
+            found = {name: statistics.median(sorted(own)[: (len(own) + 1) // 2]) for name, own in times.items()}
+            if enough is None or enough(found):
+                break
+    return found  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 def repeats_for(latency_ms: float) -> int:
