@@ -182,7 +182,7 @@ def _freezing(job: Job, folder: str) -> list[dict[str, Any]]:
     arms: dict[str, list[Any]] = {
         "dense": [],
         "freezing by signal": [adaptrain.LayerFreezing()],
-        "freezing by schedule": [adaptrain.LayerFreezing(by="schedule", end=0.3)],
+        "freezing by schedule": [adaptrain.LayerFreezing(by="schedule", end=0.5)],
     }
     for name, callbacks in arms.items():
         data, module = prepare(job)
