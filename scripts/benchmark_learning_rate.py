@@ -311,7 +311,7 @@ def plot(tasks: list[tuple[str, bool]], results: list[dict[str, Any]], path: Pat
         shown = [method for method in found if "ours-" not in method]
         top = []
         for index, method in enumerate(sorted(shown, key=lambda method: ("+ours" not in method, method))):
-            color = f"C{index % 10}"
+            color = f"C{index}" if index < 10 else "black"
             bold = {"linewidth": 2.4} if "+ours" in method else {"linewidth": 1.1, "linestyle": "--"}
             by_rate = found[method]
             if None in by_rate:
