@@ -12,7 +12,7 @@ Every method trains each task at seven rates over 3.5 decades, with the same ste
     prodigy                          Prodigy with a cosine, as it recommends
 
 Parts: `rates` (the above), `faults` (a batch that is not a number, ten times the rate for 20 steps, four times the
-batch, half of the parameters pruned, each at half of the run, at the schedule's best rate), `overhead` (seconds of a
+batch, half of the FLOPs pruned, each at half of the run, at the schedule's best rate), `overhead` (seconds of a
 step with and without the controller, in turns). A diverged run counts as the untrained model. Rates are chosen on
 validation data, results are of the test data. Each run is appended to the JSON file, and left out when run again.
 
@@ -121,8 +121,16 @@ class Store:
         done = {tuple(result.get(name) for name in KEY) for result in self.results}
         left = [job for job in jobs if (job["task"].name, *(job.get(name) for name in KEY[1:])) not in done]
         pending = [pool.submit(_run, job) for job in left]
+        failed: list[BaseException] = []
         for future in tqdm(as_completed(pending), total=len(pending), unit="run", mininterval=5):
-            self.keep([future.result()])
+            if (error := future.exception()) is None:
+                self.keep([future.result()])
+            else:
+                failed.append(error)
+        if failed:
+            raise SystemExit(
+                f"{len(failed)} of {len(pending)} runs failed, the others are kept. The first: {failed[0]!r}"
+            )
 
     def keep(self, results: list[dict[str, Any]]) -> None:
         self.results += results

@@ -312,7 +312,7 @@ def _fault_callbacks(fault: str | None, task: Task, module: Any) -> list[Any]:
         ],
         "prune": lambda: [
             adaptrain.ProgressivePruning(
-                target={"params": 0.5 if task.name != "encoder" else 0.7},
+                target={"flops": 0.5},
                 schedule=adaptrain.OneShotSchedule(at=0.5),
                 groups=("heads", "ffn"),
             )

@@ -6,7 +6,9 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,6 +237,26 @@ def test_the_learning_rate_benchmark_refuses_before_it_starts(
         main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_that_fails_leaves_the_others_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import benchmark_learning_rate as benchmark
+
+    def run(job: dict[str, Any]) -> dict[str, Any]:
+        if job["seed"] == 1:
+            raise ValueError("no luck")
+        return lr_result("cosine", 1e-3, job["seed"], 2.0)
+
+    monkeypatch.setattr(benchmark, "_run", run)
+    task = SimpleNamespace(name="task")
+    jobs = [{"task": task, "method": "cosine", "rate": 1e-3, "seed": seed} for seed in range(4)]
+    with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit, match=r"1 of 4 runs failed.*no luck"):
+        benchmark.Store(tmp_path / "rates.json", {}).fill(pool, jobs)  # pyright: ignore[reportArgumentType]
+    kept = benchmark.Store(tmp_path / "rates.json", {})
+    assert [result["seed"] for result in kept.results] == [0, 2, 3]
+    with pytest.raises(SystemExit, match="other settings"):
+        benchmark.Store(tmp_path / "rates.json", {"steps": 3})
 
 
 @pytest.mark.slow
