@@ -128,7 +128,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         "cascade": lambda row: row["arm"] == "cascade" and "test" in row,
         "int8": lambda row: row["arm"].startswith("int8_dynamic"),
         "bfloat16": lambda row: row["arm"].startswith("bf16"),
-        "fine-tuned": lambda row: row["arm"] == "fine-tuned",
+        "dense, fine-tuned": lambda row: row["arm"] in ("dense", "fine-tuned"),
         "soups": lambda row: "soup" in row["arm"],
         "frozen layers": lambda row: row["arm"].startswith("freezing"),
     }
@@ -142,13 +142,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         )
         axes.plot(*zip(*points, strict=True), marker=marker, linestyle=style or "none", label=name, alpha=0.8)
     axes.set_xscale("log")
-    ticks = [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0]
+    ticks = [0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("measured latency, as a fraction of the dense model's")
     axes.set_ylabel("test accuracy in %")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
