@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adaptrain import _lightning
 from adaptrain._lightning.before_optimizers import before_optimizers, loss_of, train_dataloader
-from adaptrain._lightning.structure import before_module_hook, unwrapped
+from adaptrain._lightning.structure import averaged_copies, before_module_hook, unwrapped
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.adapters import (
@@ -128,9 +128,10 @@ class LowRankAdapters(AdaptiveCallback):
         _lightning.refuse_unsupported(trainer, pl_module, callback=type(self).__name__)
         import_peft()
         for other in trainer.callbacks:
-            if type(other).__name__ in _NOT_WITH and getattr(other, "target", True):
+            named = next((kind.__name__ for kind in type(other).__mro__ if kind.__name__ in _NOT_WITH), None)
+            if named is not None and getattr(other, "target", True):
                 raise ConfigurationError(
-                    f"LowRankAdapters does not go with {type(other).__name__}, which works on the weights that adapters"
+                    f"LowRankAdapters does not go with {named}, which works on the weights that adapters"
                     " leave as they are. Leave one of the two out."
                 )
         self._match = match = find_family(pl_module)
@@ -217,6 +218,11 @@ class LowRankAdapters(AdaptiveCallback):
         """Decides on the ranks and puts the adapters in; a resumed run has them already."""
         match = self._match
         assert match is not None
+        if averaged_copies(trainer, pl_module):
+            raise ConfigurationError(
+                "LowRankAdapters does not go with a running average of the model, which was copied before the adapters"
+                " were put in. Leave one of the two out."
+            )
         if adapters_in(match.model):
             return
         self._total = sum(p.numel() for p in match.model.parameters())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics
+from pytorch_lightning.callbacks import WeightAveraging
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -251,6 +252,8 @@ def test_what_works_on_the_weights_is_refused_beside_it(tmp_path: Path) -> None:
     callbacks = [adapters(), ProgressivePruning(target={"flops": 0.5})]
     with pytest.raises(ConfigurationError, match="does not go with ProgressivePruning"):
         quiet_trainer(tmp_path, callbacks=callbacks).fit(TextModule(), text_loader())
+    with pytest.raises(ConfigurationError, match="running average"):
+        quiet_trainer(tmp_path, callbacks=[adapters(), WeightAveraging()]).fit(TextModule(), text_loader())
     callbacks[1] = ProgressivePruning(target={"flops": None})  # prunes nothing
     quiet_trainer(tmp_path, callbacks=callbacks, max_steps=2).fit(TextModule(), text_loader())
 
