@@ -35,18 +35,20 @@ def unwrapped(trainer: Any) -> Iterator[None]:
 
 def before_module_hook(
     pl_module: Any,
-    hook: Literal["on_load_checkpoint", "on_save_checkpoint"],
-    prepare: Callable[[dict[str, Any]], object],
+    hook: Literal["on_load_checkpoint", "on_save_checkpoint", "configure_optimizers"],
+    prepare: Callable[..., object],
 ) -> Callable[[], None]:
-    """Calls `prepare(checkpoint)` before a checkpoint hook of a module, which still runs.
+    """Calls `prepare` with the arguments of a module's hook before the hook, which still runs.
 
     A callback's own `on_load_checkpoint` comes after the weights are loaded, the module's before; a callback's
-    `on_save_checkpoint` is left out where only weights are saved, the module's is not.
+    `on_save_checkpoint` is left out where only weights are saved, the module's is not. Before `configure_optimizers`
+    Lightning has moved the module to its device, has loaded the weights of a checkpoint, and has wrapped it for
+    distributed training; its data is set up.
 
     Args:
         pl_module: The module.
         hook: The hook's name.
-        prepare: What to do with the checkpoint first.
+        prepare: What to do first.
 
     Returns:
         A function that undoes it.
@@ -54,9 +56,9 @@ def before_module_hook(
     replaced = pl_module.__dict__.get(hook)
     original = getattr(pl_module, hook)
 
-    def wrapped(checkpoint: dict[str, Any]) -> None:
-        prepare(checkpoint)
-        original(checkpoint)
+    def wrapped(*args: Any) -> Any:
+        prepare(*args)
+        return original(*args)
 
     def undo() -> None:
         pl_module.__dict__.pop(hook, None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrain import _lightning
-from adaptrain._lightning.before_optimizers import before_optimizers, loss_of, train_dataloader
+from adaptrain._lightning.before_training import loss_of, train_dataloader
 from adaptrain._lightning.structure import averaged_copies, before_module_hook, unwrapped
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.errors import ConfigurationError
@@ -114,7 +114,8 @@ class LowRankAdapters(AdaptiveCallback):
             self._reset()
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.target:
-            self.on_exit(before_optimizers(pl_module, lambda: self._insert(trainer, pl_module)))
+            undo = before_module_hook(pl_module, "configure_optimizers", lambda: self._insert(trainer, pl_module))
+            self.on_exit(undo)
         self.on_exit(
             before_module_hook(pl_module, "on_load_checkpoint", lambda saved: self._follow(pl_module, saved, stage))
         )

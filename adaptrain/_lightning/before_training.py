@@ -1,41 +1,11 @@
-"""The place between a module that stands on its device, with its data and weights, and its optimizers."""
+"""What there is to see before training begins: the data that fit was given, and what a module says of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def before_optimizers(pl_module: Any, prepare: Callable[[], object]) -> Callable[[], None]:
-    """Calls `prepare()` before a module's `configure_optimizers`, which still runs.
-
-    Lightning has moved the module to its device then, has loaded the weights of a checkpoint, and has wrapped it for
-    distributed training; its data is set up.
-
-    Args:
-        pl_module: The module.
-        prepare: What to do first.
-
-    Returns:
-        A function that undoes it.
-    """
-    replaced = pl_module.__dict__.get("configure_optimizers")
-    original = pl_module.configure_optimizers
-
-    def configure_optimizers() -> Any:
-        prepare()
-        return original()
-
-    def undo() -> None:
-        pl_module.__dict__.pop("configure_optimizers", None)
-        if replaced is not None:
-            pl_module.configure_optimizers = replaced
-
-    pl_module.configure_optimizers = configure_optimizers
-    return undo
 
 
 def train_dataloader(trainer: Any) -> Any:
