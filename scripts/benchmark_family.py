@@ -1,4 +1,4 @@
-"""One run, many models: a family's members, cascade, lower precision, soups and frozen layers, measured on MiniLM.
+"""One run, many models: members, cascade, lower precision, soups, frozen layers and adapters, measured on MiniLM.
 
 Parts, each with each seed in a process of its own, appended to the JSON file when done and left out when run again:
 
@@ -6,6 +6,8 @@ Parts, each with each seed in a process of its own, appended to the JSON file wh
               of the family's wall time; a cascade at half the cost; members in lower precision
     soup      three fine-tunings from one initialisation, and their greedy and uniform soup
     freezing  one fine-tuning plain, and with LayerFreezing by signal and by schedule
+    adapters  one fine-tuning of all weights, and of adapters within 2% of them, by LowRankAdapters with equal ranks and
+              by gradient, at ten times the rate; each in a process of its own, for its memory
 
 Latencies are fractions of the dense model's, measured in turns. Choices are made on dev.tsv, results are of test.tsv.
 
@@ -25,8 +27,10 @@ from typing import Any
 
 from results import aligned, load_results, run_in_process, save_results
 
-PARTS = ("family", "soup", "freezing")
-COLUMNS = ("part", "arm", "runs", "dev %", "test %", "latency", "size", "wall s", "notes")
+PARTS = ("family", "soup", "freezing", "adapters")
+# Of parts whose memory is measured: a process each.
+ARMS: dict[str, tuple[str, ...]] = {"adapters": ("adapters, uniform", "adapters by gradient", "all weights")}
+COLUMNS = ("part", "arm", "runs", "dev %", "test %", "latency", "size", "wall s", "peak GiB", "trains M", "notes")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,22 +63,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # heard by the processes started below
     for seed in args.seeds:
         for part in args.parts:
-            if any((row["part"], row["seed"]) == (part, seed) for row in rows):
-                continue
-            print(f"{part}, seed {seed} ...", flush=True)
-            job = {"seed": seed, "model": args.model, "data": args.data, **settings}
-            rows += run_in_process(_run, what=f"{part} with seed {seed}", part=part, job=job, **family)
-            save_results(args.json, settings | family, rows)
+            for arm in ARMS.get(part, (None,)):
+                done = {(row["part"], row["seed"], row["arm"] if arm else None) for row in rows}
+                if (part, seed, arm) in done:
+                    continue
+                print(f"{arm or part}, seed {seed} ...", flush=True)
+                job = {"seed": seed, "model": args.model, "data": args.data, **settings}
+                what = f"{arm or part} with seed {seed}"
+                rows += run_in_process(_run, what=what, part=part, arm=arm, job=job, **family)
+                save_results(args.json, settings | family, rows)
     print("\n" + table(rows))
     plot(rows, args.plot)
     print(f"\n{args.json} and {args.plot}")
 
 
-def _run(part: str, job: dict[str, Any], **family: Any) -> list[dict[str, Any]]:
+def _run(part: str, arm: str | None, job: dict[str, Any], **family: Any) -> list[dict[str, Any]]:
     from family_arms import run
     from pruning_arms import Job
 
-    return run(part, Job(arm="dense", **job), **family)
+    return run(part, arm, Job(arm="dense", **job), **family)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -95,6 +102,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 number("latency", statistics.median, ".3f"),
                 number("size", statistics.median, ".3f"),
                 number("wall_s", statistics.median, ".0f"),
+                number("peak_gib", statistics.median, ".2f"),
+                number("trainable", statistics.median, ".2f", 1e-6),
                 _notes(runs),
             )
         )
@@ -105,10 +114,8 @@ def _notes(runs: list[dict[str, Any]]) -> str:
     notes = []
     for row in runs:
         if "escalated" in row:
-            notes.append(
-                f"{row['escalated']:.1%} escalated; {row['members'][0]} alone {row['test_small']:.1%} at"
-                f" {row['latency_small']:.2f}, {row['members'][1]} alone {row['test_large']:.1%}"
-            )
+            alone = ", ".join(f"{name} {test:.1%} at {cost:.2f}" for name, (test, cost) in row["alone"].items())
+            notes.append(f"{row['escalated']:.1%} go from {row['small']} to {row['large']}; alone: {alone}")
         elif "note" in row:
             notes.append(row["note"])
     return "; ".join(notes)
@@ -128,11 +135,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         "cascade": lambda row: row["arm"] == "cascade" and "test" in row,
         "int8": lambda row: row["arm"].startswith("int8_dynamic"),
         "bfloat16": lambda row: row["arm"].startswith("bf16"),
-        "dense, fine-tuned": lambda row: row["arm"] in ("dense", "fine-tuned"),
+        "dense, fine-tuned": lambda row: row["arm"] in ("dense", "fine-tuned", "all weights"),
         "soups": lambda row: "soup" in row["arm"],
         "frozen layers": lambda row: row["arm"].startswith("freezing"),
+        "adapters": lambda row: row["arm"].startswith("adapters"),
     }
-    for marker, (name, belongs) in zip("osD^vP*X", kinds.items(), strict=True):
+    for marker, (name, belongs) in zip("osD^vP*X<", kinds.items(), strict=True):
         chosen = [row for row in rows if belongs(row)]
         if not chosen:
             continue

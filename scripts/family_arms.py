@@ -4,37 +4,39 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from pruning_arms import Job, be_quiet, latency_ratio, make_trainer, prepare
+from pruning_arms import GIB, Job, be_quiet, latency_ratio, make_trainer, prepare
 
 import adaptrain
 from adaptrain.compression import quantize
+from adaptrain.family.cascade import judge
+from adaptrain.family.samples import gather
 from adaptrain.fusion import merge
 from adaptrain.nlp.quiet import quiet_transformers
 from adaptrain.pruning import cost
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.shape import typical_shape
+from adaptrain.resources.peak import PeakMemory
 
-PARTS = ("family", "soup", "freezing")
 EVENTS = 3
 RATES = (1.0, 0.5, 2.0)  # of the rate, for the members of a soup
+ADAPTERS_RATE = 10.0  # of the rate: adapters want a higher one (Hu et al. 2021)
 
 
-def run(part: str, job: Job, *, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:
-    """Runs one part with one seed and returns its rows."""
+def run(part: str, arm: str | None, job: Job, *, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:
+    """Runs one part, or the arm of it that has a process of its own, with one seed and returns its rows."""
     be_quiet(job.threads)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         rows = {
             "family": lambda: _family(job, Path(folder), recovery_steps, smallest),
             "soup": lambda: _soup(job, folder),
             "freezing": lambda: _freezing(job, folder),
+            "adapters": lambda: [_adapters(job, str(arm), folder)],
         }[part]()
     return [{"part": part, "seed": job.seed, **row} for row in rows]
 
@@ -65,7 +67,7 @@ def _family(job: Job, folder: Path, recovery_steps: int, smallest: float) -> lis
         row = {"arm": f"member {member.name}", "latency": ratio, "params": cost.count_params(model)}
         rows.append(row | _accuracies(trainer, module, data, model) | {"wall_s": wall})
         targets[member.name] = ratio
-    rows += _cascades(family, data, trainer, module)
+    rows += _cascades(family, data)
     rows += _quantized(family, data, trainer, module, dense, inputs)
     smaller = {name: ratio for name, ratio in targets.items() if ratio < 0.95}
     for name, ratio in smaller.items():
@@ -89,44 +91,30 @@ def _alone(job: Job, folder: str, target: float, seconds: float, shape: tuple[in
     return row | {"params": cost.count_params(module.model)} | _accuracies(trainer, module, data, module.model)
 
 
-def _cascades(family: Any, data: Any, trainer: Any, module: Any) -> list[dict[str, Any]]:
-    """Chosen on the dev split that the run kept; accuracy and time of the test split, beside its two members."""
+def _cascades(family: Any, data: Any) -> list[dict[str, Any]]:
+    """Chosen on the dev split that the run kept; accuracy and time of the test split, beside all members."""
     try:
         cascade = family.cascade(cost=0.5)
     except adaptrain.ConfigurationError as error:
         return [{"arm": "cascade", "note": str(error)}]
     data.setup("test")
-    samples = list(data.test_dataloader().dataset)
-    ids, labels = [sample["input_ids"] for sample in samples], torch.stack([sample["labels"] for sample in samples])
-    parts = {"cascade": cascade.threshold, "small": -1.0, "large": 2.0}  # nothing, or everything, is escalated
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    right: dict[str, float] = {}
-    shares: dict[str, float] = {}
-    for _ in range(3):
-        for name, threshold in parts.items():
-            each = copy.copy(cascade)
-            each.threshold = threshold
-            began = time.perf_counter()
-            probabilities, asked = each.classify(ids)
-            spent = time.perf_counter() - began
-            times[name].append(spent)
-            right[name] = float((probabilities.argmax(-1) == labels).float().mean())
-            shares[name] = float(asked.float().mean())
-    # Where everything is escalated the small one has answered too: its time is not the large one's.
-    small = statistics.median(times["small"])
-    large = statistics.median(times["large"]) - small
-    report = cascade.report
+    samples = gather(data.test_dataloader(), 10**9)
+    assert samples is not None
+    chosen = cascade.report
+    seen = judge(
+        cascade, family.members, samples, batch_size=chosen.batch_size, chosen_on=chosen.chosen_on, device=chosen.device
+    )
+    slowest = seen.throughputs[seen.slowest]
     return [
         {
             "arm": "cascade",
-            "test": right["cascade"],
-            "test_small": right["small"],
-            "test_large": right["large"],
-            "latency": statistics.median(times["cascade"]) / large,
-            "latency_small": small / large,
-            "escalated": shares["cascade"],
-            "members": [report.small, report.large],
-            "dev": report.metric,
+            "dev": chosen.metric,
+            "test": seen.metric,
+            "latency": seen.cost,
+            "escalated": seen.escalated,
+            "small": seen.small,
+            "large": seen.large,
+            "alone": {name: (seen.metrics[name], slowest / each) for name, each in seen.throughputs.items()},
         }
     ]
 
@@ -193,6 +181,25 @@ def _freezing(job: Job, folder: str) -> list[dict[str, Any]]:
         row = {"arm": name, "wall_s": time.perf_counter() - began, "latency": 1.0}
         rows.append(row | _accuracies(trainer, module, data, module.model))
     return rows
+
+
+def _adapters(job: Job, arm: str, folder: str) -> dict[str, Any]:
+    """All weights, or adapters within 2% of them with ranks of one kind: what trains, what it takes, what it gives."""
+    callbacks: list[Any] = []
+    if arm != "all weights":
+        job = dataclasses.replace(job, lr=job.lr * ADAPTERS_RATE)
+        importance: Any = arm.rpartition(" ")[2]
+        callbacks = [adaptrain.LowRankAdapters(target={"trainable_params": 0.02}, importance=importance)]
+    data, module = prepare(job)
+    trainer = make_trainer(job, callbacks, folder)
+    began = time.perf_counter()
+    pl.seed_everything(job.seed, verbose=False)
+    with PeakMemory() as memory:
+        trainer.fit(module, data)
+        peak = memory.read()
+    row = {"arm": arm, "wall_s": time.perf_counter() - began, "peak_gib": peak / GIB, "latency": 1.0}
+    row["trainable"] = callbacks[0].report()["trainable_params"] if callbacks else cost.count_params(module.model)
+    return row | _accuracies(trainer, module, data, module.model)
 
 
 def _accuracies(trainer: Any, module: Any, data: Any, model: Any, *, test: bool = True) -> dict[str, float]:

@@ -136,7 +136,14 @@ def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, 
     assert done.returncode == 0, done.stderr[-3000:]
     assert "soup, seed 0" not in done.stdout  # it was there already
     rows = json.loads(out.read_text())["results"]
-    arms = {part: [row["arm"] for row in rows if row["part"] == part] for part in ("soup", "freezing", "family")}
+    arms = {
+        part: [row["arm"] for row in rows if row["part"] == part] for part in ("soup", "freezing", "family", "adapters")
+    }
+    assert arms["adapters"] == ["adapters, uniform", "adapters by gradient", "all weights"]
+    trains = {row["arm"]: row["trainable"] for row in rows if row["part"] == "adapters"}
+    assert 0 < trains["adapters, uniform"] <= 0.02 * trains["all weights"]
+    assert 0 < trains["adapters by gradient"] <= 0.02 * trains["all weights"]
+    assert all(row["peak_gib"] > 0 for row in rows if row["part"] == "adapters")
     assert arms["soup"] == ["fine-tuned"] * 3 + ["greedy soup", "uniform soup"]
     assert arms["freezing"] == ["dense", "freezing by signal", "freezing by schedule"]
     assert {"member dense", "member final", "cascade", "int8_dynamic of final", "pruned alone"} <= set(arms["family"])

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from adaptrain.family.samples import Samples
 if TYPE_CHECKING:
     from adaptrain.family.model_family import ModelFamily
 
+Name = TypeVar("Name", str, str | None)
+
 _TURNS = 3
 _TURN_S = 10.0  # a turn that takes longer is not repeated
 _PIECE = 4  # batches that one answers before it is another's turn
@@ -26,7 +28,7 @@ _PIECE = 4  # batches that one answers before it is another's turn
 
 @dataclass(frozen=True, kw_only=True)
 class CascadeReport:
-    """What a cascade came to on samples that it was not chosen on.
+    """What a cascade came to on samples that it was not chosen on, beside every member alone.
 
     Args:
         small: The member that answers first.
@@ -34,12 +36,10 @@ class CascadeReport:
         threshold: The calibrated confidence below which it is asked.
         temperatures: Of the logits of both, by member.
         metric: The accuracy of the cascade, in [0, 1].
-        small_metric: Of the small member alone.
-        large_metric: Of the large member alone.
+        metrics: Of each member alone, by name.
         escalated: The share of samples that the large member was asked.
         throughput: Samples per second, measured; batches and padding counted in, tokenizing not.
-        small_throughput: Of the small member alone, in turns with the cascade.
-        large_throughput: Of the large member alone, in turns with the cascade.
+        throughputs: Of each member alone, in turns with the cascade, by name.
         calibration_error: Expected calibration error of the small member's confidence, with its temperature.
         uncalibrated_error: The same without.
         chosen_on: Samples that temperatures and threshold were chosen on.
@@ -53,12 +53,10 @@ class CascadeReport:
     threshold: float
     temperatures: dict[str, float]
     metric: float
-    small_metric: float
-    large_metric: float
+    metrics: dict[str, float]
     escalated: float
     throughput: float
-    small_throughput: float
-    large_throughput: float
+    throughputs: dict[str, float]
     calibration_error: float
     uncalibrated_error: float
     chosen_on: int
@@ -67,9 +65,20 @@ class CascadeReport:
     device: str
 
     @property
+    def slowest(self) -> str:
+        """The member that costs are fractions of: the dense one, as a rule."""
+        return min(self.throughputs, key=lambda name: self.throughputs[name])
+
+    @property
     def cost(self) -> float:
-        """The time of the cascade, as a fraction of the large member's alone."""
-        return self.large_throughput / self.throughput
+        """The time of the cascade, as a fraction of the slowest member's alone."""
+        return self.throughputs[self.slowest] / self.throughput
+
+    @property
+    def best_alone(self) -> str | None:
+        """The best member that takes no more time than the cascade, the small one aside; None: there is none."""
+        names = [name for name, each in self.throughputs.items() if each >= self.throughput and name != self.small]
+        return max(names, key=lambda name: self.metrics[name], default=None)
 
     @property
     def standard_error(self) -> float:
@@ -89,23 +98,24 @@ class CascadeReport:
         return cls(**values)
 
     def __str__(self) -> str:
-        def row(name: str, accuracy: float, throughput: float) -> str:
-            speed = throughput / self.large_throughput
-            return f"  {name:<24} accuracy {100 * accuracy:5.1f}%   {throughput:8.1f} samples/s   {speed:5.2f}x"
-
+        slowest = self.throughputs[self.slowest]
+        rows = [("cascade", self.metric, self.throughput)]
+        rows += [(f"{name} alone", self.metrics[name], each) for name, each in self.throughputs.items()]
+        lines = [
+            f"  {name:<24} accuracy {100 * accuracy:5.1f}%   {throughput:8.1f} samples/s   {throughput / slowest:5.2f}x"
+            for name, accuracy, throughput in sorted(rows, key=lambda row: -row[2])
+        ]
         error = f"{100 * self.uncalibrated_error:.1f} → {100 * self.calibration_error:.1f} points"
-        return "\n".join(
-            (
-                row(f"{self.small} alone", self.small_metric, self.small_throughput),
-                row("cascade", self.metric, self.throughput),
-                row(f"{self.large} alone", self.large_metric, self.large_throughput),
-                f"  {100 * self.escalated:.1f}% of samples escalated, below a confidence of {self.threshold:.3f};"
-                f" cost {self.cost:.2f} of {self.large}",
-                f"  temperature {self.temperatures[self.small]:.2f}, calibration error {error}",
-                f"  judged on {self.judged_on} validation samples (accuracy ± {100 * self.standard_error:.1f} points,"
-                f" standard error), chosen on {self.chosen_on} others; {self.batch_size} at once on {self.device}",
-            )
-        )
+        lines += [
+            f"  {self.small} answers, and asks {self.large} below a confidence of {self.threshold:.3f}:"
+            f" {100 * self.escalated:.1f}% of samples; cost {self.cost:.2f} of {self.slowest}",
+            f"  temperature {self.temperatures[self.small]:.2f}, calibration error {error}",
+            f"  judged on {self.judged_on} validation samples (accuracy ± {100 * self.standard_error:.1f} points,"
+            f" standard error), chosen on {self.chosen_on} others; {self.batch_size} at once on {self.device}",
+        ]
+        if (name := self.best_alone) is not None and self.metrics[name] >= self.metric:
+            lines.append(f"  {name} alone is as good in no more time: rather use it, family[{name!r}]")
+        return "\n".join(lines)
 
 
 class Cascade:
@@ -204,35 +214,35 @@ def alone(member: Member, cascade: Cascade, batch_size: int) -> Callable[[Sequen
     return lambda piece: class_logits(model, piece, pad_id, batch_size=batch_size)
 
 
-def judge(cascade: Cascade, samples: Samples, *, batch_size: int, chosen_on: int, device: str) -> CascadeReport:
-    """Measures a cascade beside its two members on samples that it was not chosen on.
+def judge(
+    cascade: Cascade, members: Sequence[Member], samples: Samples, *, batch_size: int, chosen_on: int, device: str
+) -> CascadeReport:
+    """Measures a cascade beside the family's members on samples that it was not chosen on.
 
-    The three take turns; of each the median over the faster half of its turns counts.
+    All take turns; of each the median over the faster half of its turns counts.
     """
     ids = samples.ids
-    runs: dict[str, Callable[[Sequence[Tensor]], Any]] = {
-        "small": alone(cascade.small, cascade, batch_size),
-        "cascade": lambda piece: cascade.classify(piece, batch_size=batch_size),
-        "large": alone(cascade.large, cascade, batch_size),
+    runs = {member.name: alone(member, cascade, batch_size) for member in members}
+    whole: dict[str | None, Callable[[Sequence[Tensor]], Any]] = {
+        None: lambda p: cascade.classify(p, batch_size=batch_size)
     }
-    results, seconds = in_turns(runs, ids, batch_size, cascade.device)
-    probabilities, asked = (torch.cat(parts) for parts in zip(*results["cascade"], strict=True))
-    logits, large_logits = torch.cat(results["small"]), torch.cat(results["large"])
-    calibrated = (logits / cascade.temperatures[cascade.small.name]).softmax(-1)
+    results, seconds = in_turns(whole | runs, ids, batch_size, cascade.device)
+    probabilities, asked = (torch.cat(parts) for parts in zip(*results[None], strict=True))
+    logits = {name: torch.cat(results[name]) for name in runs}
+    unsure = logits[cascade.small.name]
+    calibrated = (unsure / cascade.temperatures[cascade.small.name]).softmax(-1)
     return CascadeReport(
         small=cascade.small.name,
         large=cascade.large.name,
         threshold=cascade.threshold,
         temperatures=cascade.temperatures,
         metric=_accuracy(probabilities, samples.labels),
-        small_metric=_accuracy(logits, samples.labels),
-        large_metric=_accuracy(large_logits, samples.labels),
+        metrics={name: _accuracy(each, samples.labels) for name, each in logits.items()},
         escalated=float(asked.float().mean()),
-        throughput=len(samples) / seconds["cascade"],
-        small_throughput=len(samples) / seconds["small"],
-        large_throughput=len(samples) / seconds["large"],
+        throughput=len(samples) / seconds[None],
+        throughputs={name: len(samples) / seconds[name] for name in runs},
         calibration_error=calibration_error(calibrated, samples.labels),
-        uncalibrated_error=calibration_error(logits.softmax(-1), samples.labels),
+        uncalibrated_error=calibration_error(unsure.softmax(-1), samples.labels),
         chosen_on=chosen_on,
         judged_on=len(samples),
         batch_size=batch_size,
@@ -241,8 +251,8 @@ def judge(cascade: Cascade, samples: Samples, *, batch_size: int, chosen_on: int
 
 
 def in_turns(
-    runs: Mapping[str, Callable[[Sequence[Tensor]], Any]], ids: Sequence[Tensor], batch_size: int, device: torch.device
-) -> tuple[dict[str, list[Any]], dict[str, float]]:
+    runs: Mapping[Name, Callable[[Sequence[Tensor]], Any]], ids: Sequence[Tensor], batch_size: int, device: torch.device
+) -> tuple[dict[Name, list[Any]], dict[Name, float]]:
     """Returns what functions make of samples, piece by piece, and the seconds each takes for all of them.
 
     On every piece of a few batches the functions take turns, in an order that rotates, so that a machine that is busy
@@ -250,8 +260,8 @@ def in_turns(
     """
     names, size = list(runs), _PIECE * batch_size
     pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
-    results: dict[str, list[Any]] = {name: [] for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
+    results: dict[Name, list[Any]] = {name: [] for name in names}
+    times: dict[Name, list[float]] = {name: [] for name in names}
     for name in names:
         runs[name](pieces[0][:batch_size])  # a warm-up
     for turn in range(_TURNS):

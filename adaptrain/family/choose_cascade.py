@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,25 +66,11 @@ def choose(
     first, second = samples.halves()
     chosen_on, judged_on = samples.pick(first), samples.pick(second)
     seen = _look(family, chosen_on, batch_size, device)
-    best = _named(family, seen, large) if large is not None else _best(family, seen)
-    smaller = [each for each in seen if each.seconds < best.seconds and each.member.params < best.member.params]
-    if small is not None:
-        smaller = [_named(family, seen, small)]
-        if smaller[0].seconds >= best.seconds:
-            raise ConfigurationError(
-                f"The member {small!r} takes {1e3 * smaller[0].seconds / len(chosen_on):.3g} ms a sample, and"
-                f" {best.member.name!r} {1e3 * best.seconds / len(chosen_on):.3g} ms: a cascade begins with the faster"
-                " one."
-            )
-    if not smaller:
-        raise ConfigurationError(
-            f"The member {best.member.name!r}, of the best {family.metric or 'accuracy'}, is the fastest as well, so a"
-            " cascade can save nothing: use it alone. Members that are larger have to be better to be worth asking;"
-            " FamilyCheckpoint(recovery_steps=...) finishes their training. Or name one: large=..."
-        )
-    plans = [plan for each in smaller if (plan := _plan(each, best, cost, accuracy)) is not None]
+    slowest = max(seen, key=lambda each: each.seconds)
+    pairs = _pairs(family, seen, small, large, len(chosen_on))
+    plans = [plan for pair in pairs if (plan := _plan(*pair, slowest, cost, accuracy)) is not None]
     if not plans:
-        raise ConfigurationError(_why_not(smaller, best, cost, accuracy))
+        raise ConfigurationError(_why_not(pairs, slowest, cost, accuracy))
     if accuracy is None:
         plans.sort(key=lambda each: (-each.accuracy, each.cost))
     else:
@@ -98,16 +85,49 @@ def choose(
             temperatures={each.member.name: each.temperature for each in (plan.small, plan.large)},
             device=device,
         )
-        over = None if cost is None else _correct(cascade, plan, chosen_on, cost, batch_size)
+        over = None if cost is None else _correct(cascade, plan, slowest, chosen_on, cost, batch_size)
         if over is None:
             break
         missed.append((over, plan.small.member))
     else:
         assert cost is not None
         least, member = min(missed, key=lambda each: each[0])
-        raise ConfigurationError(_too_slow(member, best.member, least, cost))
-    cascade.report = judge(cascade, judged_on, batch_size=batch_size, chosen_on=len(chosen_on), device=device_name)
+        raise ConfigurationError(_too_slow(member, slowest.member, least, cost))
+    cascade.report = judge(
+        cascade, family.members, judged_on, batch_size=batch_size, chosen_on=len(chosen_on), device=device_name
+    )
     return cascade
+
+
+def _pairs(
+    family: ModelFamily, seen: list[_Seen], small: str | None, large: str | None, samples: int
+) -> list[tuple[_Seen, _Seen]]:
+    """Returns who may answer and whom it may ask: a slower member that is better, as far as they are not named."""
+    first = seen if small is None else [_named(family, seen, small)]
+    then = seen if large is None else [_named(family, seen, large)]
+    if small is not None and large is not None and first[0].seconds >= then[0].seconds:
+        raise ConfigurationError(
+            f"The member {small!r} takes {1e3 * first[0].seconds / samples:.3g} ms a sample, and {large!r}"
+            f" {1e3 * then[0].seconds / samples:.3g} ms: a cascade begins with the faster one."
+        )
+    better = _better(family, seen)
+    pairs = [
+        (one, other)
+        for one in first
+        for other in then
+        if one.seconds < other.seconds
+        and one.member.params < other.member.params
+        and (large is not None or better(other) > better(one))
+    ]
+    if not pairs:
+        best = max(then, key=lambda each: (better(each), -each.seconds))
+        asks = "a cascade can save nothing: use it alone" if small is None else f"{small!r} has no one to ask"
+        raise ConfigurationError(
+            f"The member {best.member.name!r}, of the best {family.metric or 'accuracy'}, is the fastest as well, so"
+            f" {asks}. Members that are larger have to be better to be worth asking;"
+            " FamilyCheckpoint(recovery_steps=...) finishes their training. Or name one: large=..."
+        )
+    return pairs
 
 
 def _look(family: ModelFamily, samples: Samples, batch_size: int, device: torch.device) -> list[_Seen]:
@@ -134,16 +154,16 @@ def _named(family: ModelFamily, seen: list[_Seen], name: str) -> _Seen:
     return next(each for each in seen if each.member is member)
 
 
-def _best(family: ModelFamily, seen: list[_Seen]) -> _Seen:
-    """The member of the best accuracy; the family's own metric is of more samples where it is one."""
+def _better(family: ModelFamily, seen: list[_Seen]) -> Callable[[_Seen], float]:
+    """Returns how good a member is: by the family's own accuracy where it has one, which is of more samples."""
     by_metric = "acc" in (family.metric or "").lower() and all(each.member.metric is not None for each in seen)
-    return max(seen, key=lambda each: (each.member.metric if by_metric else each.accuracy, -each.seconds))
+    return lambda each: (each.member.metric or 0.0) if by_metric else each.accuracy
 
 
-def _plan(small: _Seen, large: _Seen, cost: float | None, accuracy: float | None) -> _Plan | None:
-    base = small.seconds / large.seconds
+def _plan(small: _Seen, large: _Seen, slowest: _Seen, cost: float | None, accuracy: float | None) -> _Plan | None:
+    base, each = small.seconds / slowest.seconds, large.seconds / slowest.seconds
     if cost is not None:
-        share = cost * _AIM - base
+        share = (cost * _AIM - base) / each
         if share < 0:
             return None
         threshold = threshold_for_share(small.confidences, share)
@@ -155,10 +175,12 @@ def _plan(small: _Seen, large: _Seen, cost: float | None, accuracy: float | None
         threshold = answer[0]
     escalated = sum(confidence < threshold for confidence in small.confidences) / len(small.confidences)
     reached = accuracy_at(small.confidences, small.right, large.right, threshold)
-    return _Plan(small, large, threshold, base + escalated, reached)
+    return _Plan(small, large, threshold, base + escalated * each, reached)
 
 
-def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch_size: int) -> float | None:
+def _correct(
+    cascade: Cascade, plan: _Plan, slowest: _Seen, samples: Samples, cost: float, batch_size: int
+) -> float | None:
     """Measures the cascade, and moves its threshold until the measured cost is at what was asked.
 
     Samples that the small model is unsure of may be longer than others, and batches not full: sums do not tell.
@@ -168,42 +190,43 @@ def _correct(cascade: Cascade, plan: _Plan, samples: Samples, cost: float, batch
     """
     runs = {
         "cascade": lambda piece: cascade.classify(piece, batch_size=batch_size),
-        "large": alone(cascade.large, cascade, batch_size),
+        "slowest": alone(slowest.member, cascade, batch_size),
     }
-    share = min(1.0, cost * _AIM - plan.small.seconds / plan.large.seconds)
+    each = plan.large.seconds / slowest.seconds
+    share = min(1.0, (cost * _AIM - plan.small.seconds / slowest.seconds) / each)
     fits, fitting = -1.0, cascade.threshold
     for _ in range(_ROUNDS):
         _, seconds = in_turns(runs, samples.ids, batch_size, cascade.device)
-        measured = seconds["cascade"] / seconds["large"]
+        measured = seconds["cascade"] / seconds["slowest"]
         if measured <= cost and share > fits:
             fits, fitting = share, cascade.threshold
         if cost * _NEAR <= measured <= cost or (measured <= cost and share >= 1):
             break
         if measured > cost and share <= 0:
             return measured
-        share = min(1.0, max(0.0, share + cost * _AIM - measured))
+        share = min(1.0, max(0.0, share + (cost * _AIM - measured) / each))
         cascade.threshold = threshold_for_share(plan.small.confidences, share)
     if fits >= 0:
         cascade.threshold = fitting
     return None
 
 
-def _too_slow(small: Member, large: Member, least: float, cost: float) -> str:
+def _too_slow(small: Member, slowest: Member, least: float, cost: float) -> str:
     excess = f"{least - cost:.2g} too much" if least > cost else "which leaves nothing to escalate with"
     return (
         f"cost={cost:g} cannot be met: {small.name!r} alone, which sees every sample, takes {least:.3f} of the time of"
-        f" {large.name!r}, {excess}. Raise the cost, or prune further."
+        f" {slowest.name!r}, {excess}. Raise the cost, or prune further."
     )
 
 
-def _why_not(smaller: list[_Seen], large: _Seen, cost: float | None, accuracy: float | None) -> str:
+def _why_not(pairs: list[tuple[_Seen, _Seen]], slowest: _Seen, cost: float | None, accuracy: float | None) -> str:
     if cost is not None:
-        fastest = min(smaller, key=lambda each: each.seconds)
-        return _too_slow(fastest.member, large.member, fastest.seconds / large.seconds, cost)
+        fastest = min((small for small, _ in pairs), key=lambda each: each.seconds)
+        return _too_slow(fastest.member, slowest.member, fastest.seconds / slowest.seconds, cost)
     assert accuracy is not None
     reached = max(
         accuracy_at(small.confidences, small.right, large.right, threshold)
-        for small in smaller
+        for small, large in pairs
         for threshold in (*small.confidences, math.inf)
     )
     return (

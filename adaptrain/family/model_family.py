@@ -247,20 +247,22 @@ class ModelFamily:
     ) -> Cascade:
         """Returns a small member that answers, and asks a larger one where it is unsure.
 
-        The large member is the best by validation; the small one that of the faster members which gives the best
+        Of all pairs of a member and a slower one that is better by validation, it is the pair that gives the best
         accuracy at the cost, or the least cost at the accuracy. Temperatures and the threshold are chosen on one half
-        of the validation samples that the run kept; on the other half the cascade is judged and timed beside its two
-        members (`cascade.report`). What comes of it is kept with the family.
+        of the validation samples that the run kept; on the other half the cascade is judged and timed beside all
+        members (`cascade.report`, which says so where one of them alone is as good). What comes of it is kept with
+        the family.
 
             cascade = family.cascade(cost=0.5)
             print(cascade.report)
             cascade.predict(["a text", "another one"])
 
         Args:
-            cost: The time it may take, as a fraction of the large member's, above 0; 0.5 where `accuracy` is not given.
+            cost: The time it may take, as a fraction of the slowest member's (the dense one), above 0; 0.5 where
+                `accuracy` is not given.
             accuracy: Instead of a cost: the accuracy to reach on validation, in (0, 1], at the least cost.
             small: The member that answers first; None: chosen.
-            large: The member that is asked where the first is unsure; None: the best.
+            large: The member that is asked where the first is unsure; None: chosen.
             batch_size: Texts at once.
             device: Where; None: the family's device.
             data: Texts and their labels to choose and judge on; None: validation samples of the run.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from adaptrain import ConfigurationError, ModelFamily
+from adaptrain.family import choose_cascade
 from adaptrain.family import samples as kept
 from adaptrain.family.cascade import CascadeReport
 from adaptrain.family.member import class_logits
@@ -101,8 +103,9 @@ def test_a_cascade_at_a_cost(family):
     assert (report.small, report.large) == ("final", "dense")
     assert report.chosen_on == report.judged_on == 300
     assert 0 < report.escalated < 1
-    assert min(report.small_throughput, report.throughput, report.large_throughput) > 0
-    assert report.cost == pytest.approx(report.large_throughput / report.throughput)
+    assert set(report.throughputs) == {"dense", "final"}
+    assert min(report.throughput, *report.throughputs.values()) > 0
+    assert report.cost == pytest.approx(report.throughputs["dense"] / report.throughput)
 
     # All that the report says of answers, told again without it.
     loaded = kept.load(family.folder)
@@ -113,7 +116,7 @@ def test_a_cascade_at_a_cost(family):
     answers = torch.where(unsure, large.argmax(-1), small.argmax(-1))
     assert report.escalated == pytest.approx(float(unsure.float().mean()))
     assert report.metric == pytest.approx(float((answers == judged.labels).float().mean()))
-    assert report.large_metric == pytest.approx(float((large.argmax(-1) == judged.labels).float().mean()))
+    assert report.metrics["dense"] == pytest.approx(float((large.argmax(-1) == judged.labels).float().mean()))
     probabilities, asked = cascade.classify(judged.ids, batch_size=300)
     assert torch.equal(asked, unsure)
     assert torch.equal(probabilities.argmax(-1), answers)
@@ -151,6 +154,72 @@ def test_nothing_or_all_may_be_escalated(family):
     assert math.isinf(endless.threshold)
     assert CascadeReport.from_dict(report.asdict()) == report
     assert "standard error), chosen on 300 others" in str(report)
+
+
+class Known:
+    """A member by name, size and accuracy on validation."""
+
+    def __init__(self, name: str, params: int, metric: float) -> None:
+        self.name, self.params, self.metric = name, params, metric
+
+
+def seen(name: str, seconds: float, metric: float, right: int) -> Any:
+    """A member that answers `right` of ten samples, sure of the ones it is right about."""
+    member: Any = Known(name, int(1000 * seconds), metric)
+    answers = [number < right for number in range(10)]
+    return choose_cascade._Seen(member, 1.0, [1 - number / 20 for number in range(10)], answers, seconds)
+
+
+class Members:
+    metric = "val/accuracy"
+
+    def __init__(self, *members: Any) -> None:
+        self._members = {each.member.name: each.member for each in members}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._members[name]
+
+
+def test_all_pairs_of_a_member_and_a_better_slower_one_are_looked_at():
+    small, poor, middle, dense = members = [
+        seen("small", 1.0, 0.6, 6),
+        seen("poor", 2.0, 0.5, 5),
+        seen("middle", 3.0, 0.9, 9),
+        seen("dense", 10.0, 0.8, 8),
+    ]
+    family: Any = Members(*members)
+    pairs = choose_cascade._pairs(family, members, None, None, 10)
+    # Nobody asks one that is not better: not the poor one, and of the middle one not even the dense.
+    assert pairs == [(small, middle), (small, dense), (poor, middle), (poor, dense)]
+    assert choose_cascade._pairs(family, members, None, "dense", 10) == [
+        (small, dense),
+        (poor, dense),
+        (middle, dense),
+    ]
+    with pytest.raises(ConfigurationError, match=r"'middle', of the best val/accuracy.*'middle' has no one to ask"):
+        choose_cascade._pairs(family, members, "middle", None, 10)
+
+    # Costs are fractions of the slowest one's time, whoever is asked: 0.1 + half of 0.3 is 0.25.
+    plan = choose_cascade._plan(small, middle, dense, 0.26, None)
+    assert plan is not None
+    assert plan.cost == pytest.approx(0.25)
+    assert plan.accuracy == pytest.approx(0.9)
+    assert choose_cascade._plan(middle, dense, dense, 0.26, None) is None
+    cheapest = choose_cascade._plan(small, middle, dense, None, 0.8)
+    assert cheapest is not None
+    assert cheapest.cost == pytest.approx(0.1 + 0.3 * 0.3)  # the three least sure; the last is wrong with both
+
+
+def test_a_report_says_where_a_member_alone_is_as_good(family):
+    report = family.cascade(cost=0.7).report
+    assert "alone is as good" not in str(report)  # but for the dense one, which takes longer, there is no other
+    assert report.best_alone is None
+    metrics = report.metrics | {"middle": report.metric}
+    other = replace(report, metrics=metrics, throughputs=report.throughputs | {"middle": 1.1 * report.throughput})
+    assert other.best_alone == "middle"
+    assert "middle alone is as good in no more time: rather use it, family['middle']" in str(other)
+    slower = replace(other, throughputs=report.throughputs | {"middle": 0.9 * report.throughput})
+    assert slower.best_alone is None
 
 
 def test_what_cannot_be_met_is_refused(family, folder, tmp_path):
