@@ -55,7 +55,7 @@ class StepSensor:
         if self.probes and finite:
             probed = 1 if each or self.steps < FIRST_STEPS else PROBE_EVERY * (self.steps % PROBE_EVERY == 0)
         if probed and self.references is not None:
-            cosine, ratio = probe(optimizer, self.references)
+            cosine, ratio = probe(optimizer, self.references, turn=self.steps)
         self.steps += 1
         unknown = math.nan
         return [

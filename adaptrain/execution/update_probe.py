@@ -18,7 +18,8 @@ Kind = Literal["adam", "momentum"]
 
 _OWN_RATE = ("schedulefree", "prodigy", "dadapt", "mechanic", "ldog")
 _OWN_RATE_KEYS = ({"d", "d0"}, {"train_mode", "weight_sum"})
-_CHUNK = 1 << 24  # elements handled at once: bounds the memory the probe takes for a moment
+_SAMPLE = 1 << 20  # elements a probe looks at, about
+_WHOLE = 1 << 12  # elements of a tensor that is always looked at whole
 
 
 def sets_own_rate(optimizer: Optimizer) -> bool:
@@ -89,14 +90,17 @@ def were_trained(optimizer: Optimizer) -> bool:
     return 2 * sum(bool((p != p[0]).any()) for p in vectors) > len(vectors)
 
 
-def probe(optimizer: Optimizer, references: Sequence[float]) -> tuple[float | None, float | None]:
+def probe(optimizer: Optimizer, references: Sequence[float], *, turn: int = 0) -> tuple[float | None, float | None]:
     """Measures the update before it is taken, on the optimizer's state as the last step left it.
 
     Where there is no state yet (the first step), Adam's update is ±1 in every element and momentum's the gradient.
+    Of a model of more than a million parameters it looks at every k-th row of each matrix, about a million elements
+    together, and scales what it finds: all of them would cost as much as the optimizer's step.
 
     Args:
         optimizer: One of a known `update_kind`, with gradients in place (unscaled, before clipping).
         references: What `reference_norms` returned when the weights were last taken as the measure.
+        turn: Counts the probes, so that each looks at other rows.
 
     Returns:
         cos(g, u) between the gradient and the direction of the update, and the median over the parameters of two or
@@ -108,8 +112,8 @@ def probe(optimizer: Optimizer, references: Sequence[float]) -> tuple[float | No
         return None, None
     dots, directions, squares, ratios = [], [], [], []
     top = max(float(group["lr"]) for group in optimizer.param_groups)
-    for batch in _chunks(optimizer, references):
-        grads, moments, seconds, scales, epsilons, references_, rates = (
+    for batch in _sampled(optimizer, references, turn):
+        grads, moments, seconds, weights, scales, epsilons, references_, rates = (
             list(column) for column in zip(*batch, strict=True)
         )
         stateful = moments[0] is not None
@@ -126,13 +130,16 @@ def probe(optimizer: Optimizer, references: Sequence[float]) -> tuple[float | No
             absolute = torch._foreach_norm(products, 1, torch.float32)
             torch._foreach_clamp_min_(products, 0.0)
             positive = torch._foreach_norm(products, 1, torch.float32)
-            dots.append(2 * _total(positive) - _total(absolute))
-            directions.append(_total(torch._foreach_mul(norms, norms)))
-            own = torch._foreach_norm(grads, 2, torch.float32)
-            squares.append(_total(torch._foreach_mul(own, own)))
-        for norm, scale, reference, rate in zip(_floats(norms), scales, references_, rates, strict=True):
+            share = torch.tensor(weights, dtype=torch.float32).to(norms[0].device, non_blocking=True)
+            dots.append((share * (2 * torch.stack(positive) - torch.stack(absolute))).sum())
+            directions.append((share * torch.stack(norms).square()).sum())
+            own = torch.stack(torch._foreach_norm(grads, 2, torch.float32))
+            squares.append((share * own.square()).sum())
+        for norm, weight, scale, reference, rate in zip(
+            _floats(norms), weights, scales, references_, rates, strict=True
+        ):
             if reference > 0:
-                ratios.append(norm * scale / reference * (rate / top if top > 0 else 1.0))
+                ratios.append(norm * math.sqrt(weight) * scale / reference * (rate / top if top > 0 else 1.0))
     length = math.sqrt(sum(_floats(directions))) * math.sqrt(sum(_floats(squares)))
     cosine = sum(_floats(dots)) / length if length > 0 else None
     return cosine, median(ratios) if ratios else None
@@ -145,27 +152,43 @@ def _adam_direction(moments: list[Tensor], seconds: list[Tensor], epsilons: list
     return list(torch._foreach_div(moments, scale))
 
 
-def _chunks(optimizer: Optimizer, references: Sequence[float]) -> Iterator[list[tuple[Any, ...]]]:
-    """Yields (g, m, v, scale of ‖u‖, ε, θ_ref, rate) per parameter, in lists of one device and bounded size."""
-    pending: dict[Any, list[tuple[Any, ...]]] = {}
-    held: dict[Any, int] = {}
+def _sampled(optimizer: Optimizer, references: Sequence[float], turn: int) -> Iterator[list[tuple[Any, ...]]]:
+    """Yields (g, m, v, weight, scale of ‖u‖, ε, θ_ref, rate) per parameter, in a list for each device and type.
+
+    The tensors are samples where there are many elements; `weight` is how many elements each stands for.
+    """
+    found: dict[Any, list[tuple[Any, ...]]] = {}
+    dense = [p for group in optimizer.param_groups for p in group["params"] if _is_probed(p)]
+    stride = -(-sum(p.numel() for p in dense) // _SAMPLE)
     index = -1
     for group in optimizer.param_groups:
         for p in group["params"]:
             index += 1
-            if p.grad is None or p.grad.is_sparse or not p.numel():
+            if not _is_probed(p):
                 continue
             state = optimizer.state.get(p) or {}
             m, v = state.get("exp_avg", state.get("momentum_buffer")), state.get("exp_avg_sq")
             scale, epsilon = _bias_correction(group, state) if v is not None else (1.0, 0.0)
-            key = (p.device, p.dtype, m is not None)
-            entry = (p.grad, m, v, scale, epsilon, references[index], float(group["lr"]))
-            pending.setdefault(key, []).append(entry)
-            held[key] = held.get(key, 0) + p.numel()
-            if held[key] >= _CHUNK:
-                yield pending.pop(key)
-                del held[key]
-    yield from pending.values()
+            rows, weight = _rows(p, stride, turn)
+            tensors = [None if t is None else t if rows is None else t[rows].contiguous() for t in (p.grad, m, v)]
+            entry = (*tensors, weight, scale, epsilon, references[index], float(group["lr"]))
+            found.setdefault((p.device, p.dtype, m is not None), []).append(entry)
+    yield from found.values()
+
+
+def _is_probed(parameter: Tensor) -> bool:
+    return parameter.grad is not None and not parameter.grad.is_sparse and parameter.numel() > 0
+
+
+def _rows(parameter: Tensor, stride: int, turn: int) -> tuple[tuple[slice, ...] | None, float]:
+    """Returns which slices of a tensor to look at, along its longest dimension, and what an element stands for."""
+    if stride == 1 or parameter.numel() <= _WHOLE:
+        return None, 1.0
+    longest = max(range(parameter.ndim), key=lambda dimension: parameter.shape[dimension])
+    size = parameter.shape[longest]
+    step = min(stride, size)
+    chosen = slice(turn % step, None, step)
+    return (*[slice(None)] * longest, chosen), size / len(range(*chosen.indices(size)))
 
 
 def _bias_correction(group: dict[str, Any], state: dict[str, Any]) -> tuple[float, float]:
@@ -175,10 +198,6 @@ def _bias_correction(group: dict[str, Any], state: dict[str, Any]) -> tuple[floa
         return 1.0, float(group["eps"])
     first, second = (1 - float(beta) ** step for beta in group["betas"])
     return math.sqrt(second) / first, float(group["eps"]) * math.sqrt(second)
-
-
-def _total(values: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(values)).sum()
 
 
 def _floats(values: Sequence[Tensor]) -> list[float]:
