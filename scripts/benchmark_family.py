@@ -6,8 +6,8 @@ Parts, each with each seed in a process of its own, appended to the JSON file wh
               of the family's wall time; a cascade at half the cost; members in lower precision
     soup      three fine-tunings from one initialisation, and their greedy and uniform soup
     freezing  one fine-tuning plain, and with LayerFreezing by signal and by schedule
-    adapters  one fine-tuning of all weights, and of adapters within 2% of them, by LowRankAdapters with equal ranks and
-              by gradient, at ten times the rate; each in a process of its own, for its memory
+    adapters  one fine-tuning of all weights, and of adapters within 2% of them by LowRankAdapters, with equal ranks
+              and by gradient, at ten times the rate; each in a process of its own, for its memory
 
 Latencies are fractions of the dense model's, measured in turns. Choices are made on dev.tsv, results are of test.tsv.
 
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--smallest", type=float, default=0.28, help="latency that the family ends at, as a fraction (0.28)"
     )
+    parser.add_argument("--adapters", type=float, default=0.02, help="share of the parameters that they train (0.02)")
     parser.add_argument("--threads", type=int, default=2, help="(2)")
     parser.add_argument("--precision", default="32-true", help="of training, as Lightning names it (32-true)")
     parser.add_argument("--micro-batch-size", type=int, help="samples at once, sorted by length (the whole batch)")
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name: getattr(args, name)
         for name in ("epochs", "limit", "batch_size", "lr", "threads", "precision", "micro_batch_size")
     }
-    family = {"recovery_steps": args.recovery_steps, "smallest": args.smallest}
+    family = {"recovery_steps": args.recovery_steps, "smallest": args.smallest, "adapters": args.adapters}
     rows = load_results(args.json, settings | family)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # heard by the processes started below
     for seed in args.seeds:

@@ -28,7 +28,9 @@ RATES = (1.0, 0.5, 2.0)  # of the rate, for the members of a soup
 ADAPTERS_RATE = 10.0  # of the rate: adapters want a higher one (Hu et al. 2021)
 
 
-def run(part: str, arm: str | None, job: Job, *, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:
+def run(
+    part: str, arm: str | None, job: Job, *, recovery_steps: int, smallest: float, adapters: float
+) -> list[dict[str, Any]]:
     """Runs one part, or the arm of it that has a process of its own, with one seed and returns its rows."""
     be_quiet(job.threads)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
@@ -36,7 +38,7 @@ def run(part: str, arm: str | None, job: Job, *, recovery_steps: int, smallest: 
             "family": lambda: _family(job, Path(folder), recovery_steps, smallest),
             "soup": lambda: _soup(job, folder),
             "freezing": lambda: _freezing(job, folder),
-            "adapters": lambda: [_adapters(job, str(arm), folder)],
+            "adapters": lambda: [_adapters(job, str(arm), folder, adapters)],
         }[part]()
     return [{"part": part, "seed": job.seed, **row} for row in rows]
 
@@ -183,13 +185,13 @@ def _freezing(job: Job, folder: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _adapters(job: Job, arm: str, folder: str) -> dict[str, Any]:
-    """All weights, or adapters within 2% of them with ranks of one kind: what trains, what it takes, what it gives."""
+def _adapters(job: Job, arm: str, folder: str, share: float) -> dict[str, Any]:
+    """Trains all weights, or adapters within a share of them with ranks of one kind."""
     callbacks: list[Any] = []
     if arm != "all weights":
         job = dataclasses.replace(job, lr=job.lr * ADAPTERS_RATE)
         importance: Any = arm.rpartition(" ")[2]
-        callbacks = [adaptrain.LowRankAdapters(target={"trainable_params": 0.02}, importance=importance)]
+        callbacks = [adaptrain.LowRankAdapters(target={"trainable_params": share}, importance=importance)]
     data, module = prepare(job)
     trainer = make_trainer(job, callbacks, folder)
     began = time.perf_counter()

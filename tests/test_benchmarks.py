@@ -129,7 +129,7 @@ def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, 
     out, picture = tmp_path / "family.json", tmp_path / "family.png"
     command = [sys.executable, str(SCRIPTS / "benchmark_family.py"), "--model", str(model), "--data", str(data)]
     command += ["--json", str(out), "--plot", str(picture), "--epochs", "2", "--seeds", "0", "--batch-size", "8"]
-    command += ["--recovery-steps", "4", "--smallest", "0.8"]
+    command += ["--recovery-steps", "4", "--smallest", "0.8", "--adapters", "0.06"]
     done = subprocess.run([*command, "--parts", "soup", "freezing"], capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
@@ -141,8 +141,8 @@ def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, 
     }
     assert arms["adapters"] == ["adapters, uniform", "adapters by gradient", "all weights"]
     trains = {row["arm"]: row["trainable"] for row in rows if row["part"] == "adapters"}
-    assert 0 < trains["adapters, uniform"] <= 0.02 * trains["all weights"]
-    assert 0 < trains["adapters by gradient"] <= 0.02 * trains["all weights"]
+    assert 0 < trains["adapters, uniform"] <= 0.06 * trains["all weights"]
+    assert 0 < trains["adapters by gradient"] <= 0.06 * trains["all weights"]
     assert all(row["peak_gib"] > 0 for row in rows if row["part"] == "adapters")
     assert arms["soup"] == ["fine-tuned"] * 3 + ["greedy soup", "uniform soup"]
     assert arms["freezing"] == ["dense", "freezing by signal", "freezing by schedule"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -143,9 +144,11 @@ class LowRankAdapters(AdaptiveCallback):
         head = sum(p.numel() for p in head_parameters(match))
         least, budget = head + min(map(rank_cost, matrices.values())), self._budget(match)
         if budget < least:
+            total = sum(p.numel() for p in match.model.parameters())
             raise ConfigurationError(
                 f"{_said(self.target)} lets {budget:,} parameters train, but the head alone has {head:,} and the"
-                f" smallest adapter {least - head:,}. Give at least {least / 1e6:.6g} million."
+                f" smallest adapter {least - head:,}. Give at least trainable_params_m={least / 1e6:.6g}, or"
+                f" trainable_params={math.ceil(1e4 * least / total) / 1e4:g}."
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

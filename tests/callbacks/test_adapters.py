@@ -238,7 +238,9 @@ def test_the_final_checkpoint_is_plain_and_nothing_to_resume_from(tmp_path: Path
 
 
 def test_a_budget_below_the_head_says_what_the_least_is(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=rf"lets 1,000 .* head alone has {HEAD:,} .* least 0.001219 million"):
+    with pytest.raises(
+        ConfigurationError, match=rf"lets 1,000 .* head alone has {HEAD:,} .* trainable_params_m=0.001219"
+    ):
         quiet_trainer(tmp_path, callbacks=[adapters(target={"trainable_params_m": 0.001})]).fit(
             TextModule(), text_loader()
         )
