@@ -154,6 +154,24 @@ def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, 
     assert picture.stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_the_language_models_of_the_pruning_benchmark(tmp_path: Path) -> None:
+    out = tmp_path / "models.json"
+    command = [sys.executable, str(SCRIPTS / "benchmark_pruning_language_model.py"), "--json", str(out)]
+    command += ["--seeds", "0", "--steps", "20", "--limit", "32", "--batch-size", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    dense, pruned, small = json.loads(out.read_text())["results"]
+    assert (dense["flops"], dense["steps"], pruned["steps"]) == (1, 20, 20)
+    assert pruned["flops"] <= 0.5
+    assert small["flops"] == pytest.approx(pruned["flops"], abs=0.1)
+    assert small["wall_s"] == pytest.approx(pruned["wall_s"], rel=0.3)
+    assert 1 < pruned["perplexity"] < 4096
+    again = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert "dense, seed 0" not in again.stdout  # all of it was there
+    assert again.stdout.splitlines()[-3].startswith("small")
+
+
 # Learning rate -------------------------------------------------------------------------------------------------------
 
 

@@ -168,7 +168,10 @@ class Pruner:
         inputs = self._inputs(twin)
         models: dict[str, nn.Module] = {"dense": twin.model, "final": self.match.model}
         report: dict[str, Any] = {"latency_input": list(self.table.state["shape"])}
-        repeats = cost.repeats_for(self.table.dense.get("latency", 0.0))
+        rough = self.table.dense.get("latency")  # not measured yet where it is not limited
+        if rough is None:
+            rough = cost.measure_latency({"dense": twin.model}, inputs, repeats=1)["dense"]
+        repeats = cost.repeats_for(rough)
 
         def met(times: dict[str, float]) -> bool:  # a difference of a percent needs more of them
             return all(each["met"] for each in self._constraints(times) if cost_name(each["name"]) == "latency")

@@ -87,6 +87,15 @@ def test_it_ends_within_the_budget_and_says_why(tmp_path) -> None:
     assert held == {id(p) for p in module.parameters()}
 
 
+def test_without_a_latency_limit_a_slow_model_is_still_timed_a_few_times_only(tmp_path, monkeypatch) -> None:
+    known: list[float] = []
+    monkeypatch.setattr(cost, "repeats_for", lambda latency: known.append(latency) or 1)
+    callback = pruning()
+    run(tmp_path, callback)
+    (latency,) = known
+    assert 0.1 < latency / callback.report()["dense"]["latency_ms"] < 10  # measured, roughly
+
+
 def test_uniform_layers_stay_what_a_config_can_describe(tmp_path, caplog) -> None:
     with caplog.at_level(logging.INFO):
         callback = pruning(target={"flops": 0.8}, uniform=True)
