@@ -16,6 +16,7 @@ from adaptrain._lightning.structure import (
 )
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.errors import ConfigurationError
+from adaptrain.execution.oom import release_memory
 from adaptrain.policies.sparsity import read_schedule
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
@@ -175,6 +176,7 @@ class ProgressivePruning(AdaptiveCallback):
             _log.info("Finding out what smaller structures cost, at %d samples of %d tokens.", *shape)
             # One rank measures, undisturbed by the others, and all decide by its numbers.
             table = self._pruner.build_table(shape) if _lightning.is_rank_zero(trainer) else None
+            release_memory()
             self._table = _lightning.broadcast(trainer, table)
         assert self._table is not None
         self._pruner.use_table(self._table)
@@ -296,6 +298,7 @@ class ProgressivePruning(AdaptiveCallback):
                 for copied in averaged_copies(trainer, pl_module):
                     shrink(find_family(copied), wanted)
             forget_compiled(pl_module)
+            release_memory()  # the blocks of the old sizes fit nothing that comes
         old, new, reason, readings = describe_event(
             pruner, have, wanted, first=first, event=due, plan=plan, progress=progress, measured=measured
         )

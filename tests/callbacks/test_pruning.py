@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import logging
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.scorers import METHODS
+from adaptrain.resources.host import process_memory_bytes
 from tests.pruning.models import MODELS, WITHOUT_HEADS
 from tests.toys import (
     TextModule,
@@ -94,6 +96,24 @@ def test_without_a_latency_limit_a_slow_model_is_still_timed_a_few_times_only(tm
     run(tmp_path, callback)
     (latency,) = known
     assert 0.1 < latency / callback.report()["dense"]["latency_ms"] < 10  # measured, roughly
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc to give memory back")
+def test_what_an_event_frees_goes_back_to_the_system(tmp_path) -> None:
+    seen: list[int] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append(process_memory_bytes())
+
+    module = TextModule(tiny_bert(layers=4, hidden=128, ffn=2500))
+    callback = pruning(target={"params": 0.3}, schedule=CubicSchedule(begin=0.5, end=0.5, events=1))
+    run(tmp_path, callback, module, others=[Watch()])
+    widths = structures.widths(structures.current(find_family(module)))
+    cut = sum(2500 - layer["ffn"] for layer in widths)
+    freed = cut * 2 * 128 * 4 * 4  # of two matrices in float32: weights, gradients and two moments
+    assert freed > 20 * 2**20
+    assert max(seen[:6]) - min(seen[6:]) > 0.5 * freed
 
 
 def test_uniform_layers_stay_what_a_config_can_describe(tmp_path, caplog) -> None:
