@@ -60,6 +60,8 @@ class LowRankAdapters(AdaptiveCallback):
             entries are no limit, and with none at all nothing is done.
         importance: `"gradient"`: ranks by the gradient; `"uniform"`: the same rank for all.
         max_rank: The largest rank of an adapter.
+        rank_step: Ranks by the gradient are multiples of this, or of the largest power of two that all could have as
+            their rank where that is less: with few different shapes kernels are faster.
         scale: alpha/r, what an adapter's output is multiplied by.
         samples: Training samples that ranks are decided by, 8 at once.
         dry_run: Decide and record, put nothing in.
@@ -76,6 +78,7 @@ class LowRankAdapters(AdaptiveCallback):
         target: Mapping[str, Any],
         importance: Literal["gradient", "uniform"] = "gradient",
         max_rank: int = 64,
+        rank_step: int = 8,
         scale: float = 2.0,
         samples: int = 64,
         dry_run: bool = False,
@@ -85,13 +88,14 @@ class LowRankAdapters(AdaptiveCallback):
         self.target = _read_target(target)
         if importance not in ("gradient", "uniform"):
             raise ConfigurationError(f"importance must be gradient or uniform, got {importance!r}.")
-        for argument, value in (("max_rank", max_rank), ("samples", samples)):
+        for argument, value in (("max_rank", max_rank), ("rank_step", rank_step), ("samples", samples)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigurationError(f"{argument} must be a whole number of at least 1, got {value!r}.")
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise ConfigurationError(f"scale must be a number above 0, got {scale!r}.")
         self.importance: Literal["gradient", "uniform"] = importance
         self.max_rank = max_rank
+        self.rank_step = rank_step
         self.scale = scale
         self.samples = samples
         self._reset()
@@ -243,8 +247,11 @@ class LowRankAdapters(AdaptiveCallback):
                 )
             ranks = [min(rank, *_shape(matrix)) for matrix in matrices.values()]
         else:
-            gains = self._gains(trainer, pl_module, list(matrices.values()))
-            ranks = allocate_ranks(gains, costs, left)
+            whole = self._gains(trainer, pl_module, list(matrices.values()))
+            step = _rank_step(min(self.rank_step, self.max_rank), left // sum(costs))
+            gains = [[sum(own[first : first + step]) for first in range(0, len(own), step)] for own in whole]
+            blocks = allocate_ranks(gains, [step * cost for cost in costs], left)
+            ranks = [min(step * count, len(own)) for count, own in zip(blocks, whole, strict=True)]
         # One rank's numbers for all of them: they may differ in the last digits.
         ranks = _lightning.broadcast(trainer, ranks)
         self._ranks = dict(zip(matrices, ranks, strict=True))
@@ -296,6 +303,11 @@ def _only_gradients_of(pl_module: Any, weights: list[Any]) -> Iterator[None]:
 def _shape(matrix: nn.Module) -> tuple[int, ...]:
     assert isinstance(matrix.weight, Tensor)
     return tuple(matrix.weight.shape)
+
+
+def _rank_step(wanted: int, affordable: int) -> int:
+    """Returns `wanted`, or less where all matrices could not have it: the largest power of two they could have."""
+    return wanted if wanted <= affordable else 1 << max(0, affordable.bit_length() - 1)
 
 
 def _read_target(target: Mapping[str, Any]) -> dict[str, float]:

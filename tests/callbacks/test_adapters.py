@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -127,12 +128,31 @@ def test_ranks_go_where_the_gradient_is(tmp_path: Path) -> None:
     model = tiny_bert()
     with torch.no_grad():  # nothing that the first layer's neurons say is heard
         model.bert.encoder.layer[0].output.dense.weight.zero_()
-    callback = adapters(max_rank=6)
+    callback = adapters(max_rank=6, rank_step=1)
     quiet_trainer(tmp_path, callbacks=[callback]).fit(TextModule(model), text_loader())
     assert callback.ranks["bert.encoder.layer.0.intermediate.dense"] == 0
     assert callback.ranks["bert.encoder.layer.1.intermediate.dense"] > 0
     assert max(callback.ranks.values()) == 6
     assert len(set(callback.ranks.values())) > 2
+
+
+@pytest.mark.parametrize(
+    ("share", "arguments", "step"),
+    [
+        (0.7, {}, 8),
+        (0.7, {"rank_step": 4}, 4),
+        (0.3, {}, 4),  # all could have 6
+        (0.2, {}, 2),  # all could have 3
+        (0.7, {"max_rank": 6}, 6),
+    ],
+)
+def test_ranks_come_in_steps_that_the_budget_allows(share: float, arguments: Any, step: int, tmp_path: Path) -> None:
+    callback = adapters(share, dry_run=True, **arguments)
+    quiet_trainer(tmp_path, callbacks=[callback]).fit(TextModule(), text_loader())
+    ranks = set(callback.ranks.values())
+    assert math.gcd(*ranks) == step
+    total = sum(p.numel() for p in tiny_bert().parameters())
+    assert callback.report()["trainable_params"] <= share * total
 
 
 def test_uniform_ranks_are_uniform_and_need_no_data(tmp_path: Path) -> None:
@@ -264,3 +284,18 @@ def test_without_peft_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'adaptrain\[adapters\]'"):
         quiet_trainer(tmp_path, callbacks=[adapters()]).fit(TextModule(), text_loader())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank_step": 0}, "rank_step must be a whole number of at least 1, got 0"),
+        ({"max_rank": 1.5}, "max_rank must be a whole number of at least 1, got 1.5"),
+        ({"samples": True}, "samples must be a whole number of at least 1, got True"),
+        ({"scale": 0.0}, "scale must be a number above 0, got 0.0"),
+        ({"importance": "size"}, "importance must be gradient or uniform, got 'size'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        adapters(**arguments)
