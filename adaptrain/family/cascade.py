@@ -76,8 +76,8 @@ class CascadeReport:
 
     @property
     def best_alone(self) -> str | None:
-        """The best member that takes no more time than the cascade, the small one aside; None: there is none."""
-        names = [name for name, each in self.throughputs.items() if each >= self.throughput and name != self.small]
+        """The best member that takes no more time than the cascade; None: there is none."""
+        names = [name for name, each in self.throughputs.items() if each >= self.throughput]
         return max(names, key=lambda name: self.metrics[name], default=None)
 
     @property
