@@ -98,7 +98,9 @@ def run(
         return cost.count_flops(module.model, cost.example_inputs(module.model, 1, 128))
 
     dense = flops_of(build(128))
-    module, callbacks, limits = build(128), [], {"max_steps": steps, "max_epochs": -1}
+    module = build(128)
+    callbacks: list[Any] = []
+    limits: dict[str, Any] = {"max_steps": steps, "max_epochs": -1}
     if arm == "pruned":
         callbacks = [adaptrain.ProgressivePruning(target={"flops": flops})]
     elif arm == "small":
