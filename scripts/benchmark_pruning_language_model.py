@@ -69,7 +69,7 @@ def run(
 ) -> dict[str, Any]:
     """Trains one arm and says what came of it; `like` is what `pruned` came to, for `small`."""
     import pytorch_lightning as pl
-    from pruning_arms import GIB, be_quiet
+    from pruning_arms import GIB, be_quiet, quiet_trainer
 
     import adaptrain
     from adaptrain.nlp.datamodules import CorpusDataModule
@@ -97,8 +97,8 @@ def run(
     def flops_of(module: Any) -> int:
         return cost.count_flops(module.model, cost.example_inputs(module.model, 1, 128))
 
-    dense = flops_of(build(128))
     module = build(128)
+    dense = flops_of(module)
     callbacks: list[Any] = []
     limits: dict[str, Any] = {"max_steps": steps, "max_epochs": -1}
     if arm == "pruned":
@@ -109,19 +109,7 @@ def run(
         module = min((build(width) for width in range(16, 128, 8)), key=lambda each: abs(flops_of(each) - wanted))
         callbacks, limits = [adaptrain.WallClock(minutes=like["wall_s"] / 60)], {"max_steps": -1, "max_epochs": -1}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            callbacks=callbacks,
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            limit_val_batches=0,
-            default_root_dir=folder,
-            **limits,
-        )
+        trainer = quiet_trainer(folder, callbacks=callbacks, gradient_clip_val=1.0, limit_val_batches=0, **limits)
         pl.seed_everything(seed, verbose=False)
         began = time.perf_counter()
         with PeakMemory() as memory:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pruning_arms import GIB, Job, be_quiet, latency_ratio, make_trainer, prepare
+from pruning_arms import GIB, Job, be_quiet, latency_ratio, make_trainer, prepare, quiet_trainer
 
 import adaptrain
 from adaptrain.compression import quantize
@@ -208,23 +208,10 @@ def _accuracies(trainer: Any, module: Any, data: Any, model: Any, *, test: bool 
     """Returns a model's accuracy on the dev split, and the test split."""
     own, module.model = module.model, model.eval()
     try:
-        quiet = make_quiet(trainer)
+        quiet = quiet_trainer(trainer.default_root_dir)  # without callbacks, in full precision
         found = {"dev": quiet.validate(module, data, verbose=False)[0]["val/accuracy"]}
         if test:
             found["test"] = quiet.test(module, data, verbose=False)[0]["test/accuracy"]
     finally:
         module.model = own
     return found
-
-
-def make_quiet(trainer: Any) -> Any:
-    """Returns a trainer without callbacks, in full precision."""
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=trainer.default_root_dir,
-    )

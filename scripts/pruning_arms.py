@@ -301,12 +301,15 @@ def make_trainer(job: Job, callbacks: list[Any], folder: str, **settings: Any) -
             *callbacks,
             adaptrain.BatchSizeController(micro_batch_size=job.micro_batch_size, split_by="tokens"),
         ]
+    usual: dict[str, Any] = {"precision": job.precision, "max_epochs": job.epochs, "callbacks": callbacks}
+    return quiet_trainer(folder, **(usual | settings))
+
+
+def quiet_trainer(folder: str, **settings: Any) -> Any:
+    """Returns a trainer on the CPU that prints, logs and saves nothing."""
     usual: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
-        "precision": job.precision,
-        "max_epochs": job.epochs,
-        "callbacks": callbacks,
         "logger": False,
         "default_root_dir": folder,
         "enable_progress_bar": False,

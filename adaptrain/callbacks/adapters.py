@@ -29,6 +29,7 @@ from adaptrain.execution.adapters import (
     replay_adapters,
 )
 from adaptrain.policies.adapter_ranks import allocate_ranks
+from adaptrain.pruning.cost import count_params
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import Match
 from adaptrain.pruning.shape import sample_batches
@@ -148,7 +149,7 @@ class LowRankAdapters(AdaptiveCallback):
         head = sum(p.numel() for p in head_parameters(match))
         least, budget = head + min(map(rank_cost, matrices.values())), self._budget(match)
         if budget < least:
-            total = sum(p.numel() for p in match.model.parameters())
+            total = count_params(match.model)
             raise ConfigurationError(
                 f"{_said(self.target)} lets {budget:,} parameters train, but the head alone has {head:,} and the"
                 f" smallest adapter {least - head:,}. Give at least trainable_params_m={least / 1e6:.6g}, or"
@@ -218,7 +219,7 @@ class LowRankAdapters(AdaptiveCallback):
             self._ranks = dict(adapters["ranks"])
 
     def _budget(self, match: Match) -> int:
-        total = sum(p.numel() for p in match.model.parameters())
+        total = count_params(match.model)
         limits = {"trainable_params": total, "trainable_params_m": 1e6}
         return min(int(value * limits[name]) for name, value in self.target.items())
 
@@ -233,7 +234,7 @@ class LowRankAdapters(AdaptiveCallback):
             )
         if adapters_in(match.model):
             return
-        self._total = sum(p.numel() for p in match.model.parameters())
+        self._total = count_params(match.model)
         matrices = adapted_matrices(match)
         costs = [rank_cost(matrix) for matrix in matrices.values()]
         head = sum(p.numel() for p in head_parameters(match))

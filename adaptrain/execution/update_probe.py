@@ -130,7 +130,7 @@ def probe(optimizer: Optimizer, references: Sequence[float], *, turn: int = 0) -
             absolute = torch._foreach_norm(products, 1, torch.float32)
             torch._foreach_clamp_min_(products, 0.0)
             positive = torch._foreach_norm(products, 1, torch.float32)
-            share = torch.tensor(weights, dtype=torch.float32).to(norms[0].device, non_blocking=True)
+            share = torch.tensor(weights, dtype=torch.float32, device=norms[0].device)
             dots.append((share * (2 * torch.stack(positive) - torch.stack(absolute))).sum())
             directions.append((share * torch.stack(norms).square()).sum())
             own = torch.stack(torch._foreach_norm(grads, 2, torch.float32))
