@@ -130,16 +130,16 @@ class MicroBatching:
         samples = self.samples = shape.size if shape is not None else batch_size(step.batch) or 0
         if not self._steps:
             self._begin(samples)
-        self._memory_forecast.look()
-        self._steps += 1
-        if self._dry_run:
-            return self._watch(step, shape)
-
         size = self._policy.size
         length = shape.length if shape is not None else 1
         if shape is not None and shape.spans is not None:
             length = max(stop - start for start, stop in shape.spans)
         wanted = min(size, samples)
+        self._memory_forecast.look(wanted, length)
+        self._steps += 1
+        if self._dry_run:
+            return self._watch(step, shape)
+
         cap = self._memory_forecast.most(wanted, length) if shape is not None else size
         capped = cap < wanted
         scarce = capped and self._memory_forecast.knows(wanted, length)
@@ -152,10 +152,9 @@ class MicroBatching:
         notes = [float(samples), -float(cap) if capped else -math.inf, float(scarce)]
         shrink = partial(self._shrink, length=length)
         outcome = self._runner.run(step, shape, min(size, cap), shrink=shrink, notes=notes, timed=timed)
-        if measures:
-            self._memory_forecast.stop()
+        learns = self._memory_forecast.stop()
         seconds = time.perf_counter() - began
-        if measures and shape is not None and not outcome.failures:
+        if learns and shape is not None and not outcome.failures:
             self._learn(step, outcome, length)
         if shape is not None and not outcome.failures and self._steps > 1:
             self._learn_times(outcome)
@@ -193,6 +192,7 @@ class MicroBatching:
     def _watch(self, step: Any, shape: BatchLayout | None) -> Any:
         if self._steps > 1 or shape is None:
             return step.run_unsplit()
+        self._memory.release()
         self._memory.start()
         result = step.run_unsplit()
         peak, limit = self._memory.stop(), self._memory_forecast.limit_bytes

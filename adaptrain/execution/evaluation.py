@@ -143,7 +143,7 @@ class EvaluationBatching:
         shape = None if self._split is not None or self._forecast is None else layout(batch, by_length=False)
         if shape is None or self._forecast is None:
             return samples
-        self._forecast.look()
+        self._forecast.look(samples, shape.length)
         most = self._forecast.most(samples, shape.length)
         if most < min(samples, self._smallest.get(stage, samples)):
             self._smallest[stage] = most

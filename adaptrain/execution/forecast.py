@@ -9,10 +9,13 @@ from typing import Any
 from adaptrain.execution.memory import StepMemory
 from adaptrain.policies.peak_memory import PeakMemoryFit
 
-_LOOK_SHARE = 0.005  # of the time goes into looks at what others leave, at most; one takes 0.5 ms on the host
-_LONGEST_LOOK_AGE_S = 0.25  # where a busy machine makes looks slow, what they saw must not get old
+_LOOK_SHARE = 0.01  # of the time goes into looks at what others leave; one takes 0.2 ms on the host
+_LONGEST_LOOK_AGE_S = 0.05  # where a busy machine makes looks slow, what they saw must not get old
 _PLENTY = 3  # shapes that were measured, and times the predicted memory that there is room for, to measure no more
 _MEASURE_EVERY = 100  # steps between two measurements, where neither the size nor the shape is new
+# What the same step takes of the host's heap differs by a fifth with how its free blocks lie, and nothing larger was
+# seen: a step of unseen size is expected to take this much more than the fit says, where running out is a kill.
+_UNSEEN = 1.25
 
 
 class MemoryForecast:
@@ -20,7 +23,8 @@ class MemoryForecast:
 
     A look at what is in use and what is allowed is made when the last one is old: other processes take memory and
     give it back at any time. Before a size is refused, memory that is free and still counts as used is given back and
-    counted again.
+    counted again. Where running out may end the process and there is not plenty of room, every step is looked at
+    before and its peak is read after: a heap in pieces takes more than it did when the step was measured.
 
     Args:
         memory: Reads what is used and allowed.
@@ -31,7 +35,9 @@ class MemoryForecast:
         self._memory = memory
         self._fit = fit
         self._next_look_s = -math.inf
+        self._unseen = _UNSEEN if memory.can_kill else 1.0
         self._before: dict[str, Any] | None = None
+        self._measures = self._is_watched = False
         self._size = 0
         self._steps = 0
         self.used_bytes = 0.0
@@ -49,9 +55,9 @@ class MemoryForecast:
         self._before = None
         self._size = 0
 
-    def look(self) -> None:
-        """Reads what is used and allowed, where the last reading is old."""
-        if time.perf_counter() >= self._next_look_s:
+    def look(self, samples: int, length: int) -> None:
+        """Reads what is used and allowed, where the last reading is old or a step of this shape may come close."""
+        if self._may_be_killed(samples, length) or time.perf_counter() >= self._next_look_s:
             self._look()
 
     def _look(self) -> None:
@@ -62,7 +68,7 @@ class MemoryForecast:
 
     def peak(self, samples: int, length: int) -> float | None:
         """Returns the peak in bytes that a step of this shape would reach now; None before anything was measured."""
-        added = self._fit.predict(samples, length)
+        added = self._fit.predict(samples, length, unseen=self._unseen)
         if added is None:
             return None
         if self.used_bytes + added > self.limit_bytes:
@@ -73,7 +79,8 @@ class MemoryForecast:
     def most(self, samples: int, length: int) -> int:
         """Returns the most samples at once, from 1 to `samples`, that are predicted to fit now."""
         self.peak(samples, length)  # counts again what is free, where it is close
-        return self._fit.largest_that_fits(samples, length, self.limit_bytes - self.used_bytes)
+        room = self.limit_bytes - self.used_bytes
+        return self._fit.largest_that_fits(samples, length, room, unseen=self._unseen)
 
     def exceeded(self, samples: int, length: int) -> None:
         """Takes in that a step of this shape ran out of memory although it was predicted to fit."""
@@ -99,34 +106,47 @@ class MemoryForecast:
         self._steps += 1
         is_due = self._steps % _MEASURE_EVERY == 0 or self._before is not None
         is_new = size != self._size or not self._fit.knows(samples, length)
-        measures = is_due or (is_new and not self._has_plenty(samples, length))
+        has_plenty = self._fit.measured >= _PLENTY and self._has_plenty(samples, length)
+        measures = is_due or (is_new and not has_plenty)
         self._size = size
         self.peak_bytes = 0
+        self._measures = measures
+        self._is_watched = measures or self._may_be_killed(samples, length)
         if measures:
+            self._memory.release()  # what a step takes from free blocks of the heap would not be seen
+        if self._is_watched:
             self._memory.start()
         return measures
 
     def _has_plenty(self, samples: int, length: int) -> bool:
         added = self._fit.predict(samples, length) or math.inf
-        return self._fit.measured >= _PLENTY and self.used_bytes + _PLENTY * added < self.limit_bytes
+        return self.used_bytes + _PLENTY * added < self.limit_bytes
 
-    def stop(self) -> None:
-        """Ends the measurement: `peak_bytes` is the step's."""
-        self.peak_bytes = self._memory.stop()
+    def _may_be_killed(self, samples: int, length: int) -> bool:
+        is_known = self._fit.knows(samples, length)
+        return self._memory.can_kill and not (is_known and self._has_plenty(samples, length))
+
+    def stop(self) -> bool:
+        """Ends the step; returns whether its peak was read, measured or not: then it is `peak_bytes`, and to learn."""
+        if self._is_watched:
+            self.peak_bytes = self._memory.stop()
+        return self._is_watched
 
     def learn(self, samples: int, length: int, *, beside_bytes: int = 0) -> None:
-        """Takes in the measured step.
+        """Takes in the step whose peak was read. One that was not measured only ever raises what is expected.
 
         Args:
             samples: Samples of its largest micro-batch.
             length: Columns of it.
             beside_bytes: What other steps have in use beside what this one had.
         """
+        added = self._memory.added_bytes(self.peak_bytes) + beside_bytes
+        if not self._measures and added <= (self._fit.predict(samples, length) or 0.0):
+            return  # it ran in free blocks of the heap
         # The first step also takes what stays: gradients, workspaces of libraries. It counts until there is a second.
         if self._before is not None:
             self._fit.load_state_dict(self._before)
             self._before = None
         elif self._steps == 1:
             self._before = self._fit.state_dict()
-        added = self._memory.added_bytes(self.peak_bytes) + beside_bytes
         self._fit.observe(samples, length, added_bytes=added)

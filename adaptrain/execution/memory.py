@@ -69,8 +69,7 @@ class StepMemory:
             host.release_free_heap()
 
     def start(self) -> None:
-        """Begins to measure a step."""
-        self.release()  # what a step takes from free blocks of the heap would not be seen
+        """Begins to measure a step; on the host, without what it takes from free blocks of the heap: see `release`."""
         self.floor_bytes = self.used_bytes()
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -62,13 +62,20 @@ class PeakMemoryFit:
         terms = _terms(samples, length)
         return any(all(map(operator.le, terms, _terms(*shape))) for shape in self._added)
 
-    def predict(self, samples: int, length: int) -> float | None:
-        """Returns the bytes a step is expected to add, or None before anything was measured."""
+    def predict(self, samples: int, length: int, *, unseen: float = 1.0) -> float | None:
+        """Returns the bytes a step is expected to add, or None before anything was measured.
+
+        Args:
+            samples: Samples at once.
+            length: Columns of each.
+            unseen: How many times the fit's answer a step is expected to add that none measured was as large as.
+        """
         if not self._added:
             return None
         if self._fits is None:
             self._fits = self._fit()
-        return max(_dot(coefficients, _terms(samples, length)) + shift for coefficients, shift in self._fits)
+        added = max(_dot(coefficients, _terms(samples, length)) + shift for coefficients, shift in self._fits)
+        return added if self.knows(samples, length) else unseen * added
 
     def _fit(self) -> list[tuple[list[float], float]]:
         rows = [*(_terms(*shape) for shape in self._added), (1.0, 0.0, 0.0)]  # the last: a step of no samples
@@ -89,26 +96,26 @@ class PeakMemoryFit:
         slack = 1e-9 * sum(value * value for value in added)
         return [(full, shift) for error, full, shift in fits if error <= 1.05 * best + slack]
 
-    def largest_that_fits(self, samples: int, length: int, room_bytes: float) -> int:
+    def largest_that_fits(self, samples: int, length: int, room_bytes: float, *, unseen: float = 1.0) -> int:
         """Returns the most samples of this length, from 1 to `samples`, that are predicted to add at most the room."""
-        if self._fits_into(samples, length, room_bytes):
+        if self._fits_into(samples, length, room_bytes, unseen):
             return samples
         low, high = 1, samples
         while low < high:
             middle = (low + high + 1) // 2
-            if self._fits_into(middle, length, room_bytes):
+            if self._fits_into(middle, length, room_bytes, unseen):
                 low = middle
             else:
                 high = middle - 1
         return low
 
-    def _fits_into(self, samples: int, length: int, room_bytes: float) -> bool:
+    def _fits_into(self, samples: int, length: int, room_bytes: float, unseen: float) -> bool:
         terms = _terms(samples, length)
         has_failed = any(
             room_bytes <= _MORE * room and all(map(operator.le, _terms(*shape), terms))
             for shape, room in self._exceeded.items()
         )
-        return not has_failed and (self.predict(samples, length) or 0.0) <= room_bytes
+        return not has_failed and (self.predict(samples, length, unseen=unseen) or 0.0) <= room_bytes
 
     def clear(self) -> None:
         """Forgets every measurement."""

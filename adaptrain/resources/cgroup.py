@@ -7,6 +7,7 @@ admin-guide/cgroup-v1/memory (`memory.limit_in_bytes`, `memory.usage_in_bytes`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 PROC = Path("/proc")
@@ -61,40 +62,47 @@ def cgroup_limits(*, proc: Path = PROC, cgroup: Path = CGROUP) -> list[MemoryLim
     Returns:
         The limits found; empty where there is no control group or none limits memory.
     """
-    limits = []
-    for line in _read(proc / "self" / "cgroup").splitlines():
+    groups = _groups(_read(f"{proc}/self/cgroup"), str(cgroup))
+    return [limit for folder, files in groups if (limit := _level(folder, files)) is not None]
+
+
+@lru_cache(maxsize=8)  # read before steps of a few milliseconds; where this process is hardly ever changes
+def _groups(text: str, cgroup: str) -> tuple[tuple[str, _Files], ...]:
+    """The folders of the groups that `text`, a process's `cgroup` file, names, and of those above them."""
+    groups: list[tuple[str, _Files]] = []
+    for line in text.splitlines():
         hierarchy, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if hierarchy == "0" and not controllers:
             # Version 2 alone is mounted at the root; beside version 1 it is in `unified`.
-            for mount in (cgroup, cgroup / "unified"):
-                limits += _walk(mount, path, _V2)
+            for mount in (cgroup, f"{cgroup}/unified"):
+                groups += [(folder, _V2) for folder in _walk(mount, path)]
         elif "memory" in controllers.split(","):
-            limits += _walk(cgroup / "memory", path, _V1)
-    return limits
+            groups += [(folder, _V1) for folder in _walk(f"{cgroup}/memory", path)]
+    return tuple(groups)
 
 
-def _walk(mount: Path, path: str, files: _Files) -> list[MemoryLimit]:
+def _walk(mount: str, path: str) -> list[str]:
     parts = PurePosixPath(path).parts[1:]
     if ".." in parts:  # the process was moved outside of its cgroup namespace; only the root can be read
         parts = ()
-    levels = [mount.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
-    return [limit for level in levels if (limit := _level(level, files)) is not None]
+    return ["/".join((mount, *parts[:depth])) for depth in range(len(parts), -1, -1)]
 
 
-def _level(folder: Path, files: _Files) -> MemoryLimit | None:
-    text = _read(folder / files.limit).strip()
+def _level(folder: str, files: _Files) -> MemoryLimit | None:
+    text = _read(f"{folder}/{files.limit}").strip()
     if not text.isdigit() or int(text) >= _UNLIMITED:  # missing, "max", or version 1's huge number
         return None
     limit = int(text)
-    usage = _read(folder / files.usage).strip()
-    stat = dict(line.split(maxsplit=1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
+    usage = _read(f"{folder}/{files.usage}").strip()
+    stat = dict(line.split(maxsplit=1) for line in _read(f"{folder}/memory.stat").splitlines() if " " in line)
     used = (int(usage) if usage.isdigit() else 0) - int(stat.get(files.reclaimable, 0))
     return MemoryLimit(source=files.source, limit_bytes=limit, available_bytes=max(0, min(limit, limit - max(0, used))))
 
 
-def _read(path: Path) -> str:
+def _read(path: str) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
     except OSError:
         return ""

@@ -63,6 +63,7 @@ def counts_what_a_step_takes_from_the_free_blocks_of_the_heap(_: Path) -> None:
     memory = StepMemory(torch.device("cpu"), limit_gib=None, fraction=0.9)
     leave_free_blocks()
     used = process_memory_bytes()
+    memory.release()
     memory.start()
     blocks = [torch.ones(2**14) for _ in range(1600)]
     peak = memory.stop()
@@ -77,10 +78,48 @@ def gives_free_blocks_back_before_it_refuses_a_size(_: Path) -> None:
     fit = PeakMemoryFit()
     fit.observe(1, 1, added_bytes=10 * 2**20)
     forecast = MemoryForecast(StepMemory(torch.device("cpu"), limit_gib=limit / GIB, fraction=1.0), fit)
-    forecast.look()
+    forecast.look(1, 1)
     assert forecast.limit_bytes - forecast.used_bytes < 190 * 2**20
     assert forecast.most(19, 1) == 19
     assert 19 <= forecast.most(100, 1) < 30
+
+
+def expects_more_of_a_size_that_was_not_seen(_: Path) -> None:
+    limit = process_memory_bytes() + 100 * 2**20
+    fit = PeakMemoryFit()
+    fit.observe(4, 1, added_bytes=40 * 2**20)
+    forecast = MemoryForecast(StepMemory(torch.device("cpu"), limit_gib=limit / GIB, fraction=1.0), fit)
+    forecast.look(4, 1)
+    assert forecast.peak(4, 1) == forecast.used_bytes + 40 * 2**20
+    assert forecast.peak(8, 1) == forecast.used_bytes + 100 * 2**20
+
+
+def looks_again_at_once_where_a_step_comes_close(_: Path) -> None:
+    limit = process_memory_bytes() + 150 * 2**20
+    fit = PeakMemoryFit()
+    fit.observe(4, 1, added_bytes=60 * 2**20)
+    forecast = MemoryForecast(StepMemory(torch.device("cpu"), limit_gib=limit / GIB, fraction=1.0), fit)
+    forecast.look(4, 1)
+    assert forecast.most(4, 1) == 4
+    kept.append(torch.ones(2**25))  # 128 MiB, within the time that a look holds for a step with plenty of room
+    forecast.look(4, 1)
+    assert forecast.most(4, 1) < 4
+
+
+def learns_of_a_step_that_takes_more_than_it_did_when_it_was_measured(_: Path) -> None:
+    limit = process_memory_bytes() + 150 * 2**20
+    fit = PeakMemoryFit()
+    forecast = MemoryForecast(StepMemory(torch.device("cpu"), limit_gib=limit / GIB, fraction=1.0), fit)
+    for mib in (64, 64, 96, 32):
+        forecast.look(4, 1)
+        forecast.start(4, 1, size=4)
+        block = torch.ones(mib * 2**18)
+        del block
+        assert forecast.stop()
+        forecast.learn(4, 1)
+    added = fit.predict(4, 1)
+    assert added is not None
+    assert 95 * 2**20 < added < 100 * 2**20
 
 
 def counts_gradients_kept_between_batches(tmp_path: Path) -> None:
@@ -115,6 +154,9 @@ def counts_gradients_kept_between_batches(tmp_path: Path) -> None:
         measures_the_peak_of_a_step,
         counts_what_a_step_takes_from_the_free_blocks_of_the_heap,
         gives_free_blocks_back_before_it_refuses_a_size,
+        expects_more_of_a_size_that_was_not_seen,
+        looks_again_at_once_where_a_step_comes_close,
+        learns_of_a_step_that_takes_more_than_it_did_when_it_was_measured,
         counts_gradients_kept_between_batches,
     ],
 )
