@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps, in place of the tasks' own numbers")
     parser.add_argument("--model", help="folder of a pretrained encoder, for --tasks encoder")
     parser.add_argument("--data", help="folder with train.tsv, dev.tsv and test.tsv, for --tasks encoder")
+    parser.add_argument("--precision", default="32-true", help="of training, as Lightning names it (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each (cores)")
     parser.add_argument("--json", type=Path, default=Path("benchmark_learning_rate.json"), help="(%(default)s)")
     parser.add_argument("--plot", type=Path, default=Path("benchmark_learning_rate.png"), help="(%(default)s)")
@@ -71,14 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # heard by the processes started below
     from learning_rate_arms import controller, make_task
 
-    tasks = [make_task(name, model=args.model, data=args.data, steps=args.steps) for name in args.tasks]
+    options: dict[str, Any] = {"model": args.model, "data": args.data, "steps": args.steps, "precision": args.precision}
+    tasks = [make_task(name, **options) for name in args.tasks]
     methods = _chosen(args.methods)
     try:
         for method in methods:
             controller(method)
     except ValueError as wrong:
         parser.error(str(wrong))
-    store = Store(args.json, {"steps": args.steps})
+    store = Store(args.json, {"steps": args.steps, "precision": args.precision})
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         if "rates" in args.parts:
             store.fill(pool, rate_jobs(tasks, methods, args.seeds, args.rates))

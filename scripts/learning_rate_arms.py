@@ -46,6 +46,7 @@ class Task:
         rates: The learning rates that are typed.
         model: The encoder's folder.
         data: The folder with the encoder's train.tsv, dev.tsv and test.tsv.
+        precision: Of training, as Lightning names it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Task:
     rates: tuple[float, ...]
     model: str | None = None
     data: str | None = None
+    precision: Any = "32-true"
 
     @property
     def has_accuracy(self) -> bool:
@@ -99,7 +101,7 @@ def decades(low: float, high: float, count: int = 7) -> tuple[float, ...]:
     return tuple(float(f"{low * ratio**index:.2g}") for index in range(count))
 
 
-def make_task(name: str, *, model: str | None, data: str | None, steps: int | None) -> Task:
+def make_task(name: str, *, model: str | None, data: str | None, steps: int | None, precision: str = "32-true") -> Task:
     """Returns a task by its name; `steps` replaces its own number."""
     usual = {
         "language_model": (300, 16, decades(3e-5, 1e-1)),
@@ -109,7 +111,7 @@ def make_task(name: str, *, model: str | None, data: str | None, steps: int | No
         "wide_classifier": (400, 16, decades(1e-5, 3e-2)),
     }
     own_steps, batch_size, rates = usual[name]
-    return Task(name, steps or own_steps, batch_size, rates, model, data)
+    return Task(name, steps or own_steps, batch_size, rates, model, data, precision)
 
 
 # Methods ---------------------------------------------------------------------------------------------------------
@@ -256,7 +258,7 @@ def _trainer(task: Task, callbacks: list[Any], *, validate: bool = False) -> Any
         max_epochs=-1,
         callbacks=callbacks,
         gradient_clip_val=1.0,
-        precision="bf16-mixed" if task.name == "encoder" else "32-true",
+        precision=task.precision,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

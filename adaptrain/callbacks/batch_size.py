@@ -33,11 +33,12 @@ class BatchSizeController(AdaptiveCallback):
     One optimizer step still sees exactly the loader's samples: the batch is split, each micro-batch's loss is weighted
     by its share, and the gradients add up to those of the whole batch. When memory runs out in forward or backward the
     same samples run again in smaller micro-batches, on every rank alike; in the optimizer's update, which is after
-    them, it is tried once more where nothing was changed yet. The size is searched for: the smallest
-    within 2% of the best measured throughput whose predicted memory fits. Every step runs in pieces that are predicted
-    to fit at that moment: where a container would end the process without an error, prediction alone keeps it below
-    the limit (its first step runs a 64th of the batch at once), and memory that another process takes and gives back
-    makes the pieces smaller and larger again. A batch that only `split` can cut is not predicted.
+    them, it is tried once more where nothing was changed yet. The size is searched for: the smallest within 2% of the
+    best measured throughput whose predicted memory fits. Every step runs in pieces that are predicted to fit at that
+    moment: where a container would end the process without an error, prediction alone keeps it below the limit (its
+    first step runs a 64th of the batch at once; larger sizes than were seen are expected to take a quarter more than
+    the fit says), and memory that another process takes and gives back makes the pieces smaller and larger again. A
+    batch that only `split` can cut is not predicted.
 
     Validation, test and predict steps run as Lightning runs them until memory runs out. Then the same samples run
     again in halves, and that stage remembers the size, which grows back slowly. What they return is put together in

@@ -41,10 +41,11 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A cascade that meets what was asked, as expected from its members."""
+    """A cascade that meets what was asked, as expected from its members; `share`: what may be escalated for a cost."""
 
     small: _Seen
     large: _Seen
+    share: float
     threshold: float
     cost: float
     accuracy: float
@@ -163,7 +164,7 @@ def _better(family: ModelFamily, seen: list[_Seen]) -> Callable[[_Seen], float]:
 def _plan(small: _Seen, large: _Seen, slowest: _Seen, cost: float | None, accuracy: float | None) -> _Plan | None:
     base, each = small.seconds / slowest.seconds, large.seconds / slowest.seconds
     if cost is not None:
-        share = (cost * _AIM - base) / each
+        share = min(1.0, (cost * _AIM - base) / each)
         if share < 0:
             return None
         threshold = threshold_for_share(small.confidences, share)
@@ -172,10 +173,10 @@ def _plan(small: _Seen, large: _Seen, slowest: _Seen, cost: float | None, accura
         answer = threshold_for_accuracy(small.confidences, small.right, large.right, accuracy)
         if answer is None:
             return None
-        threshold = answer[0]
+        share, threshold = 1.0, answer[0]
     escalated = sum(confidence < threshold for confidence in small.confidences) / len(small.confidences)
     reached = accuracy_at(small.confidences, small.right, large.right, threshold)
-    return _Plan(small, large, threshold, base + escalated * each, reached)
+    return _Plan(small, large, share, threshold, base + escalated * each, reached)
 
 
 def _correct(
@@ -192,8 +193,7 @@ def _correct(
         "cascade": lambda piece: cascade.classify(piece, batch_size=batch_size),
         "slowest": alone(slowest.member, cascade, batch_size),
     }
-    each = plan.large.seconds / slowest.seconds
-    share = min(1.0, (cost * _AIM - plan.small.seconds / slowest.seconds) / each)
+    each, share = plan.large.seconds / slowest.seconds, plan.share
     fits, fitting = -1.0, cascade.threshold
     for _ in range(_ROUNDS):
         _, seconds = in_turns(runs, samples.ids, batch_size, cascade.device)
