@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     module = TextModule(tiny_bert(layers=6, hidden=64, ffn=256), lr=1e-3)
-    quiet_trainer(where, max_epochs=6).fit(module, text_loader(noisy(240)))
+    quiet_trainer(where, max_epochs=10).fit(module, text_loader(noisy(240)))
     store = FamilyStore(where / "family")
     store.begin()
     match = find_family(module)
