@@ -42,7 +42,7 @@ class MemoryForecast:
         self._steps = 0
         self.used_bytes = 0.0
         self.limit_bytes = math.inf
-        self.peak_bytes = 0  # of the last step; 0 where it was not measured
+        self.peak_bytes = 0  # of the last step; 0 where it was not read
 
     @property
     def is_blind(self) -> bool:
@@ -101,30 +101,30 @@ class MemoryForecast:
             size: The size in force. The first step of each is measured: it does not count for speed.
 
         Returns:
-            Whether it is measured; then `stop` is to be called.
+            Whether it is measured. `stop` is to be called in any case.
         """
         self._steps += 1
         is_due = self._steps % _MEASURE_EVERY == 0 or self._before is not None
         is_new = size != self._size or not self._fit.knows(samples, length)
         has_plenty = self._fit.measured >= _PLENTY and self._has_plenty(samples, length)
-        measures = is_due or (is_new and not has_plenty)
+        self._measures = is_due or (is_new and not has_plenty)
+        self._is_watched = self._measures or self._may_be_killed(samples, length)
         self._size = size
         self.peak_bytes = 0
-        self._measures = measures
-        self._is_watched = measures or self._may_be_killed(samples, length)
-        if measures:
+        if self._measures:
             self._memory.release()  # what a step takes from free blocks of the heap would not be seen
         if self._is_watched:
             self._memory.start()
-        return measures
+        return self._measures
 
     def _has_plenty(self, samples: int, length: int) -> bool:
         added = self._fit.predict(samples, length) or math.inf
         return self.used_bytes + _PLENTY * added < self.limit_bytes
 
     def _may_be_killed(self, samples: int, length: int) -> bool:
-        is_known = self._fit.knows(samples, length)
-        return self._memory.can_kill and not (is_known and self._has_plenty(samples, length))
+        if not self._memory.can_kill or not self._fit.measured:
+            return False  # nothing to compare with what is left, as in a dry run, or where a batch cannot be split
+        return not (self._fit.knows(samples, length) and self._has_plenty(samples, length))
 
     def stop(self) -> bool:
         """Ends the step; returns whether its peak was read, measured or not: then it is `peak_bytes`, and to learn."""

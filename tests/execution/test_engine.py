@@ -72,12 +72,17 @@ def counts_what_a_step_takes_from_the_free_blocks_of_the_heap(_: Path) -> None:
     assert memory.added_bytes(peak) > 90 * 2**20  # and yet this much was taken
 
 
+def forecast_within(room_mib: int, fit: PeakMemoryFit) -> MemoryForecast:
+    """A forecast that is allowed this much more than what is in use now."""
+    limit = process_memory_bytes() + room_mib * 2**20
+    return MemoryForecast(StepMemory(torch.device("cpu"), limit_gib=limit / GIB, fraction=1.0), fit)
+
+
 def gives_free_blocks_back_before_it_refuses_a_size(_: Path) -> None:
     leave_free_blocks()
-    limit = process_memory_bytes() + 50 * 2**20
     fit = PeakMemoryFit()
     fit.observe(1, 1, added_bytes=10 * 2**20)
-    forecast = MemoryForecast(StepMemory(torch.device("cpu"), limit_gib=limit / GIB, fraction=1.0), fit)
+    forecast = forecast_within(50, fit)
     forecast.look(1, 1)
     assert forecast.limit_bytes - forecast.used_bytes < 190 * 2**20
     assert forecast.most(19, 1) == 19
@@ -85,20 +90,18 @@ def gives_free_blocks_back_before_it_refuses_a_size(_: Path) -> None:
 
 
 def expects_more_of_a_size_that_was_not_seen(_: Path) -> None:
-    limit = process_memory_bytes() + 100 * 2**20
     fit = PeakMemoryFit()
     fit.observe(4, 1, added_bytes=40 * 2**20)
-    forecast = MemoryForecast(StepMemory(torch.device("cpu"), limit_gib=limit / GIB, fraction=1.0), fit)
+    forecast = forecast_within(100, fit)
     forecast.look(4, 1)
     assert forecast.peak(4, 1) == forecast.used_bytes + 40 * 2**20
     assert forecast.peak(8, 1) == forecast.used_bytes + 100 * 2**20
 
 
 def looks_again_at_once_where_a_step_comes_close(_: Path) -> None:
-    limit = process_memory_bytes() + 150 * 2**20
     fit = PeakMemoryFit()
     fit.observe(4, 1, added_bytes=60 * 2**20)
-    forecast = MemoryForecast(StepMemory(torch.device("cpu"), limit_gib=limit / GIB, fraction=1.0), fit)
+    forecast = forecast_within(150, fit)
     forecast.look(4, 1)
     assert forecast.most(4, 1) == 4
     kept.append(torch.ones(2**25))  # 128 MiB, within the time that a look holds for a step with plenty of room
@@ -107,9 +110,8 @@ def looks_again_at_once_where_a_step_comes_close(_: Path) -> None:
 
 
 def learns_of_a_step_that_takes_more_than_it_did_when_it_was_measured(_: Path) -> None:
-    limit = process_memory_bytes() + 150 * 2**20
     fit = PeakMemoryFit()
-    forecast = MemoryForecast(StepMemory(torch.device("cpu"), limit_gib=limit / GIB, fraction=1.0), fit)
+    forecast = forecast_within(150, fit)
     for mib in (64, 64, 96, 32):
         forecast.look(4, 1)
         forecast.start(4, 1, size=4)
