@@ -6,6 +6,7 @@ Parts, each with each seed in a process of its own, appended to the JSON file wh
               of the family's wall time; a cascade at half the cost; members in lower precision
     soup      three fine-tunings from one initialisation, and their greedy and uniform soup
     freezing  one fine-tuning plain, and with LayerFreezing by signal and by schedule
+    aware     one fine-tuning rounded to 8 and to 4 bits after it, and with its last fifth quantization-aware
     adapters  one fine-tuning of all weights, and of adapters within 2% of them by LowRankAdapters, with equal ranks
               and by gradient, at ten times the rate; each in a process of its own, for its memory
 
@@ -27,7 +28,7 @@ from typing import Any
 
 from results import aligned, load_results, run_in_process, save_results
 
-PARTS = ("family", "soup", "freezing", "adapters")
+PARTS = ("family", "soup", "freezing", "aware", "adapters")
 # Of parts whose memory is measured: a process each.
 ARMS: dict[str, tuple[str, ...]] = {"adapters": ("adapters, uniform", "adapters by gradient", "all weights")}
 COLUMNS = ("part", "arm", "runs", "dev %", "test %", "latency", "size", "wall s", "peak GiB", "trains M", "notes")
@@ -135,13 +136,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         "pruned alone, same time": lambda row: row["arm"] == "pruned alone",
         "cascade": lambda row: row["arm"] == "cascade" and "test" in row,
         "int8": lambda row: row["arm"].startswith("int8_dynamic"),
+        "int4": lambda row: row["arm"].startswith("int4_weight"),
         "bfloat16": lambda row: row["arm"].startswith("bf16"),
         "dense, fine-tuned": lambda row: row["arm"] in ("dense", "fine-tuned", "all weights"),
         "soups": lambda row: "soup" in row["arm"],
         "frozen layers": lambda row: row["arm"].startswith("freezing"),
         "adapters": lambda row: row["arm"].startswith("adapters"),
     }
-    for marker, (name, belongs) in zip("osD^vP*X<", kinds.items(), strict=True):
+    for marker, (name, belongs) in zip("osD^vP*X<>", kinds.items(), strict=True):
         chosen = [row for row in rows if belongs(row)]
         if not chosen:
             continue

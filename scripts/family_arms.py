@@ -25,6 +25,8 @@ from adaptrain.resources.peak import PeakMemory
 
 EVENTS = 3
 RATES = (1.0, 0.5, 2.0)  # of the rate, for the members of a soup
+AWARE = ("int8_dynamic", "int4_weight")
+AWARE_FROM = 0.8  # of training: its last fifth
 ADAPTERS_RATE = 10.0  # of the rate: adapters want a higher one (Hu et al. 2021)
 
 
@@ -38,6 +40,7 @@ def run(
             "family": lambda: _family(job, Path(folder), recovery_steps, smallest),
             "soup": lambda: _soup(job, folder),
             "freezing": lambda: _freezing(job, folder),
+            "aware": lambda: _aware(job, folder),
             "adapters": lambda: [_adapters(job, str(arm), folder, adapters)],
         }[part]()
     return [{"part": part, "seed": job.seed, **row} for row in rows]
@@ -182,6 +185,40 @@ def _freezing(job: Job, folder: str) -> list[dict[str, Any]]:
         trainer.fit(module, data)
         row = {"arm": name, "wall_s": time.perf_counter() - began, "latency": 1.0}
         rows.append(row | _accuracies(trainer, module, data, module.model))
+    return rows
+
+
+class Clock(pl.Callback):
+    """Notes when training ended, before what is made of the model then."""
+
+    ended = 0.0
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.ended = time.perf_counter()
+
+
+def _aware(job: Job, folder: str) -> list[dict[str, Any]]:
+    """The same fine-tuning rounded after it, and rounded in its last fifth, each judged as it is rounded."""
+    rows = []
+    for aware in (None, *AWARE):
+        data, module = prepare(job)
+        dense = find_family(module).dense_twin()
+        inputs = cost.example_inputs(module.model, *typical_shape(data.train_dataloader()))
+        clock = Clock()
+        callbacks: list[Any] = [clock]
+        if aware is not None:
+            callbacks.append(adaptrain.Quantization(method=aware, aware_from=AWARE_FROM))
+        trainer = make_trainer(job, callbacks, f"{folder}/{aware}")
+        began = time.perf_counter()
+        pl.seed_everything(job.seed, verbose=False)
+        trainer.fit(module, data)
+        wall = clock.ended - began
+        size = _bytes(module.model)
+        for method in ("none", *AWARE) if aware is None else ("none", aware):
+            small = quantize(module.model, method).model
+            row: dict[str, Any] = {"arm": f"{method}, {'rounded after' if aware is None else f'aware of {aware}'}"}
+            row |= {"latency": latency_ratio(dense, small, inputs), "size": _bytes(small) / size, "wall_s": wall}
+            rows.append(row | _accuracies(trainer, module, data, small))
     return rows
 
 

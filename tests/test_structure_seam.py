@@ -9,7 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from adaptrain._lightning.structure import before_module_hook, unwrapped, validation_follows
+from adaptrain._lightning.structure import before_hook, unwrapped, validation_follows
 from tests.toys import TextModule, ValidatedTextModule, quiet_trainer, text_loader
 
 
@@ -34,8 +34,8 @@ def test_module_hooks_run_before_weights_load_and_at_every_save(tmp_path, weight
     module = Recording()
     trainer = quiet_trainer(tmp_path, max_steps=1, max_epochs=-1)
     undo = [
-        before_module_hook(module, "on_save_checkpoint", lambda saved: module.calls.append("before save")),
-        before_module_hook(module, "on_load_checkpoint", lambda saved: module.calls.append("before load")),
+        before_hook(module, "on_save_checkpoint", lambda saved: module.calls.append("before save")),
+        before_hook(module, "on_load_checkpoint", lambda saved: module.calls.append("before load")),
     ]
     trainer.fit(module, text_loader())
     trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=weights_only)
@@ -53,7 +53,7 @@ def test_module_hooks_run_before_weights_load_and_at_every_save(tmp_path, weight
 def test_an_instance_hook_of_the_user_is_put_back() -> None:
     module, seen = TextModule(), []
     own = module.on_load_checkpoint = seen.append  # type: ignore[method-assign]
-    undo = before_module_hook(module, "on_load_checkpoint", lambda saved: seen.append("before"))
+    undo = before_hook(module, "on_load_checkpoint", lambda saved: seen.append("before"))
     module.on_load_checkpoint({"x": 1})
     assert seen == ["before", {"x": 1}]
     undo()

@@ -33,39 +33,40 @@ def unwrapped(trainer: Any) -> Iterator[None]:
             strategy.configure_ddp()
 
 
-def before_module_hook(
-    pl_module: Any,
-    hook: Literal["on_load_checkpoint", "on_save_checkpoint", "configure_optimizers"],
+def before_hook(
+    owner: Any,
+    hook: Literal["on_load_checkpoint", "on_save_checkpoint", "configure_optimizers", "on_run_end"],
     prepare: Callable[..., object],
 ) -> Callable[[], None]:
-    """Calls `prepare` with the arguments of a module's hook before the hook, which still runs.
+    """Calls `prepare` with the arguments of a hook before the hook, which still runs.
 
-    A callback's own `on_load_checkpoint` comes after the weights are loaded, the module's before; a callback's
-    `on_save_checkpoint` is left out where only weights are saved, the module's is not. Before `configure_optimizers`
-    Lightning has moved the module to its device, has loaded the weights of a checkpoint, and has wrapped it for
-    distributed training; its data is set up.
+    Of a LightningModule: a callback's own `on_load_checkpoint` comes after the weights are loaded, the module's before;
+    a callback's `on_save_checkpoint` is left out where only weights are saved, the module's is not. Before
+    `configure_optimizers` Lightning has moved the module to its device, has loaded the weights of a checkpoint, and has
+    wrapped it for distributed training; its data is set up. Of a trainer's `fit_loop`: `on_run_end` comes before any
+    callback's `on_train_end`.
 
     Args:
-        pl_module: The module.
+        owner: The module, or the loop.
         hook: The hook's name.
         prepare: What to do first.
 
     Returns:
         A function that undoes it.
     """
-    replaced = pl_module.__dict__.get(hook)
-    original = getattr(pl_module, hook)
+    replaced = owner.__dict__.get(hook)
+    original = getattr(owner, hook)
 
     def wrapped(*args: Any) -> Any:
         prepare(*args)
         return original(*args)
 
     def undo() -> None:
-        pl_module.__dict__.pop(hook, None)
+        owner.__dict__.pop(hook, None)
         if replaced is not None:
-            setattr(pl_module, hook, replaced)
+            setattr(owner, hook, replaced)
 
-    setattr(pl_module, hook, wrapped)
+    setattr(owner, hook, wrapped)
     return undo
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adaptrain import _lightning
 from adaptrain._lightning.before_training import loss_of, train_dataloader
-from adaptrain._lightning.structure import averaged_copies, before_module_hook, unwrapped
+from adaptrain._lightning.structure import averaged_copies, before_hook, unwrapped
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.adapters import (
@@ -120,12 +120,10 @@ class LowRankAdapters(AdaptiveCallback):
             self._reset()
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.target:
-            undo = before_module_hook(pl_module, "configure_optimizers", lambda: self._insert(trainer, pl_module))
+            undo = before_hook(pl_module, "configure_optimizers", lambda: self._insert(trainer, pl_module))
             self.on_exit(undo)
-        self.on_exit(
-            before_module_hook(pl_module, "on_load_checkpoint", lambda saved: self._follow(pl_module, saved, stage))
-        )
-        self.on_exit(before_module_hook(pl_module, "on_save_checkpoint", self._note))
+        self.on_exit(before_hook(pl_module, "on_load_checkpoint", lambda saved: self._follow(pl_module, saved, stage)))
+        self.on_exit(before_hook(pl_module, "on_save_checkpoint", self._note))
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuses, before training, what cannot be served."""

@@ -9,7 +9,7 @@ from typing import Any
 from adaptrain import _lightning
 from adaptrain._lightning.structure import (
     averaged_copies,
-    before_module_hook,
+    before_hook,
     forget_compiled,
     unwrapped,
     validation_follows,
@@ -136,8 +136,8 @@ class ProgressivePruning(AdaptiveCallback):
             for each in (pl_module, *averaged_copies(trainer, pl_module)):
                 replay(each, saved)
 
-        self.on_exit(before_module_hook(pl_module, "on_load_checkpoint", rebuild))
-        self.on_exit(before_module_hook(pl_module, "on_save_checkpoint", self._note_structure))
+        self.on_exit(before_hook(pl_module, "on_load_checkpoint", rebuild))
+        self.on_exit(before_hook(pl_module, "on_save_checkpoint", self._note_structure))
 
     def check(self, trainer: Any, pl_module: Any) -> None:
         """Refuses, before training, models that cannot be pruned and trainers that cannot be served."""

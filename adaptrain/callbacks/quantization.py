@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 from adaptrain import _lightning
 from adaptrain._lightning.nested import validate_again
+from adaptrain._lightning.structure import before_hook, forget_compiled
 from adaptrain.callbacks.base import AdaptiveCallback
+from adaptrain.compression.aware import AWARE_METHODS, train_rounded
 from adaptrain.compression.quantization import METHODS, Quantized, Trial, quantize, save_quantized
 from adaptrain.errors import ConfigurationError
 from adaptrain.family.about import find_tokenizer
@@ -33,8 +34,14 @@ class Quantization(AdaptiveCallback):
     lose little enough is written to `quantized/` in the run's folder, where `adaptrain.compression.load_quantized`
     reads it. The trained module stays in full precision. See `adaptrain.compression.quantize` for what the methods buy.
 
+    With `aware_from` the last part of training is quantization-aware: the model computes with weights rounded as they
+    will be held, in validation too, so that what rounding costs is trained away (`adaptrain.compression.aware`). It is
+    worth it where rounding costs something: 4 bits. Rounding anew in every forward pass takes time.
+
     Args:
         method: `"auto"`, which tries all, or one of `"bf16"`, `"int8_dynamic"`, `"int8_weight"`, `"int4_weight"`.
+        aware_from: The share of training, in [0, 1), from which on it is quantization-aware; it needs a `method` in 8
+            or 4 bits. None: the model is rounded after training only.
         max_metric_drop: How much worse than in full precision the metric may be, in its own units.
         minimize: What is best among those that lose no more: `"latency"` or `"size"`.
         monitor: The validation metric; None: an accuracy or its like, else the perplexity, else what was logged first.
@@ -52,6 +59,7 @@ class Quantization(AdaptiveCallback):
         self,
         *,
         method: str = "auto",
+        aware_from: float | None = None,
         max_metric_drop: float = 0.01,
         minimize: Literal["latency", "size"] = "latency",
         monitor: str | None = None,
@@ -62,6 +70,8 @@ class Quantization(AdaptiveCallback):
         super().__init__(dry_run=dry_run, name=name)
         if method not in (*METHODS[1:], "auto"):
             raise ConfigurationError(f"method must be one of auto, {', '.join(METHODS[1:])}, got {method!r}.")
+        if aware_from is not None:
+            _check_aware(aware_from, method)
         if isinstance(max_metric_drop, bool) or not isinstance(max_metric_drop, (int, float)) or max_metric_drop < 0:
             raise ConfigurationError(f"max_metric_drop must be a number of at least 0, got {max_metric_drop!r}.")
         if minimize not in ("latency", "size"):
@@ -69,6 +79,7 @@ class Quantization(AdaptiveCallback):
         if monitor is not None:
             metric_mode(monitor, callback=type(self).__name__)  # refuses a name that does not tell which way is better
         self.method = method
+        self.aware_from = aware_from
         self.max_metric_drop = max_metric_drop
         self.minimize: Literal["latency", "size"] = minimize
         self.monitor = monitor
@@ -78,6 +89,7 @@ class Quantization(AdaptiveCallback):
     def _reset(self) -> None:
         self._match: Match | None = None
         self._trials: tuple[Trial, ...] = ()
+        self._aware = False  # also in a dry run, which would be
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Moves behind the other callbacks: the model is measured once the trainer is as it was found."""
@@ -95,6 +107,30 @@ class Quantization(AdaptiveCallback):
                 f"{type(pl_module).__name__} is the model and the LightningModule in one, so that no other model can be"
                 " validated in its place. Hold the model as an attribute."
             )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Begins with rounded weights where that is due; a resumed run does so where it was."""
+        if self.aware_from is None or self._aware or _lightning.progress(trainer) < self.aware_from - 1e-9:
+            return
+        assert self._match is not None
+        self._aware = True
+        if not self.dry_run:
+            stop = train_rounded(self._match.model, self.method)
+            forget_compiled(pl_module)
+
+            def end() -> None:
+                stop()
+                forget_compiled(pl_module)
+
+            self.on_exit(end)  # where training fails; else before others measure the model at its end
+            self.on_exit(before_hook(trainer.fit_loop, "on_run_end", end))
+        self.record(
+            trainer,
+            "fake_quantization",
+            old="none",
+            new=self.method,
+            reason=f"{_lightning.progress(trainer):.0%} of training are over: the model computes with rounded weights",
+        )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """After fit, makes the copy; the other callbacks have left the trainer by then."""
@@ -138,14 +174,8 @@ class Quantization(AdaptiveCallback):
         _log.info("Lower precision:\n%s", Quantized(None, method, self._trials).table())
         folder = _lightning.run_folder(trainer) / FOLDER
         if _lightning.is_rank_zero(trainer) and not self.dry_run:
-            self._save(quantized, folder, find_tokenizer(trainer.datamodule, pl_module))
+            save_quantized(quantized, folder, tokenizer=find_tokenizer(trainer.datamodule, pl_module))
         self._record(trainer, method, shape, chosen[0] if chosen else None)
-
-    def _save(self, quantized: Quantized, folder: Path, tokenizer: Any) -> None:
-        if quantized.method == "int4_weight":
-            _log.warning("A model in 4 bits holds tensors of torchao and is not written; quantize it where it is used.")
-            return
-        save_quantized(quantized, folder, tokenizer=tokenizer)
 
     def _record(self, trainer: Any, method: str, shape: tuple[int, int], metric: str | None) -> None:
         tried = {trial.method: trial for trial in self._trials}
@@ -168,6 +198,16 @@ class Quantization(AdaptiveCallback):
             reason=reason,
             readings={trial.method: trial.latency_ms for trial in self._trials},
             offer=False,
+        )
+
+
+def _check_aware(aware_from: Any, method: str) -> None:
+    if isinstance(aware_from, bool) or not isinstance(aware_from, (int, float)) or not 0 <= aware_from < 1:
+        raise ConfigurationError(f"aware_from must be a share of training in [0, 1), got {aware_from!r}.")
+    if method not in AWARE_METHODS:
+        raise ConfigurationError(
+            f"aware_from={aware_from:g} needs to know how weights will be held: method must be one of"
+            f" {', '.join(AWARE_METHODS)}, got {method!r}."
         )
 
 

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptrain.pruning.projections import is_transposed
-
 _LARGEST = 127  # of a symmetric signed byte
 
 
@@ -29,6 +27,12 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.detach().float()
     steps = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * 2**8) / _LARGEST
     return (weight / steps[:, None]).round().clamp(-_LARGEST, _LARGEST).to(torch.int8), steps
+
+
+def rounded_to_rows(weight: Tensor) -> Tensor:
+    """Returns a matrix as `round_rows` leaves it, in its own dtype and shape."""
+    multiples, steps = round_rows(weight)
+    return (multiples * steps[:, None]).to(weight.dtype)
 
 
 class Int8Linear(nn.Module):
@@ -119,33 +123,3 @@ class Int8Embedding(nn.Module):
         multiples: Any = self.multiples
         steps: Any = self.steps
         return multiples[ids] * steps[ids].unsqueeze(-1)
-
-
-def convert(model: nn.Module, *, dynamic: bool) -> nn.Module:
-    """Replaces a model's linear layers and embeddings, in place, by ones in 8 bits; the rest stays as it is.
-
-    Weights that are shared, as an output layer's with an embedding, are held once.
-
-    Args:
-        model: The model.
-        dynamic: As for `Int8Linear`.
-    """
-    rounded: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def rows_of(weight: Tensor, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
-        if weight.data_ptr() not in rounded:
-            rounded[weight.data_ptr()] = round_rows(weight.T if transposed else weight)
-        return rounded[weight.data_ptr()]
-
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if type(module) is nn.Embedding and module.max_norm is None:
-                setattr(parent, name, Int8Embedding(*rows_of(module.weight), module.padding_idx))
-            elif type(module) is nn.Linear and module.weight.numel():
-                setattr(parent, name, Int8Linear(*rows_of(module.weight), module.bias, dynamic=dynamic))
-            elif is_transposed(module):
-                weight: Any = module.weight
-                bias: Any = module.bias
-                if weight.numel():
-                    setattr(parent, name, Int8Linear(*rows_of(weight, transposed=True), bias, dynamic=dynamic))
-    return model

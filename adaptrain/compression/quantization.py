@@ -8,13 +8,15 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from adaptrain.compression import int8, structured
+from adaptrain.compression import int4, int8, structured
+from adaptrain.compression.layers import convert
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import cost
 from adaptrain.pruning.families import find_family
@@ -99,7 +101,7 @@ def quantize(
     | `bf16` | weights and arithmetic in bfloat16 | half the size; time where the processor has bfloat16 |
     | `int8_dynamic` | weights in 8 bits, integer arithmetic, inputs rounded too (CPU) | a quarter, and time |
     | `int8_weight` | weights in 8 bits, arithmetic as before | a quarter of the size; it costs time |
-    | `int4_weight` | weights in 4 bits by torchao (`pip install 'adaptrain[quantization]'`; GPU) | an eighth |
+    | `int4_weight` | weights in 4 bits, arithmetic as before | a seventh of the size; it costs time |
     | `auto` | each of `candidates` is built, run, measured and evaluated here; the best that is left | |
 
     Linear layers and embeddings are rounded after training (no calibration data); norms and biases stay. A pruned model
@@ -189,23 +191,16 @@ def size_in_file_bytes(model: nn.Module) -> int:
 
 def _build(model: nn.Module, method: str) -> Any:
     if method == "int8_dynamic" and next(model.parameters()).device.type != "cpu":
-        raise ConfigurationError("int8_dynamic runs on the CPU. On a GPU use bf16 or int4_weight.")
+        raise ConfigurationError("int8_dynamic runs on the CPU. On a GPU use bf16, or int8_weight for size.")
     quantized = _copy_of(model)
     if method == "bf16":
         return quantized.to(torch.bfloat16)
     if method in ("int8_dynamic", "int8_weight"):
-        return int8.convert(quantized, dynamic=method == "int8_dynamic")
+        linear = partial(int8.Int8Linear, dynamic=method == "int8_dynamic")
+        return convert(quantized, int8.round_rows, linear, int8.Int8Embedding)
     if method == "int4_weight":
-        _int4(quantized)
+        return convert(quantized, int4.round_groups, int4.Int4Linear, int4.Int4Embedding)
     return quantized
-
-
-def _int4(model: nn.Module) -> None:
-    try:
-        from torchao.quantization import Int4WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigurationError("int4_weight needs torchao: pip install 'adaptrain[quantization]'.") from error
-    quantize_(model, Int4WeightOnlyConfig())
 
 
 def _copy_of(model: nn.Module) -> Any:
@@ -238,7 +233,7 @@ def save_quantized(quantized: Quantized, path: str | os.PathLike[str], *, tokeni
         The folder.
 
     Raises:
-        ConfigurationError: The model is of no known family, or in 4 bits.
+        ConfigurationError: The model is of no known family.
     """
     from safetensors.torch import save_model
 
@@ -247,8 +242,6 @@ def save_quantized(quantized: Quantized, path: str | os.PathLike[str], *, tokeni
             f"{type(quantized.model).__name__} is of no family that adaptrain can build again. Save it yourself:"
             " torch.save(quantized.model, path)."
         )
-    if quantized.method == "int4_weight":
-        raise ConfigurationError("A model in 4 bits holds tensors of torchao: torch.save(quantized.model, path).")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     about = {**quantized.described, "method": quantized.method, "trials": [vars(trial) for trial in quantized.trials]}

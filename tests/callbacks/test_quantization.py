@@ -4,7 +4,9 @@ import logging
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from adaptrain import ConfigurationError, OneShotSchedule, ProgressivePruning, Quantization
 from adaptrain.callbacks.base import decision_log
@@ -18,7 +20,7 @@ class Judged(TextModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.accuracy = {"Linear": 0.9, "Int8Linear": 0.9}
+        self.accuracy = {"Linear": 0.9, "Int8Linear": 0.9, "Int4Linear": 0.9}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val/accuracy", self.accuracy[type(self.model.classifier).__name__])
@@ -51,7 +53,7 @@ def test_a_run_leaves_a_copy_in_lower_precision(tmp_path) -> None:
 
 def test_what_loses_too_much_is_not_chosen(tmp_path, caplog) -> None:
     module = Judged()
-    module.accuracy = {"Linear": 0.9, "Int8Linear": 0.8}
+    module.accuracy = {"Linear": 0.9, "Int8Linear": 0.8, "Int4Linear": 0.7}
     callback = Quantization(minimize="size", max_metric_drop=0.05)
     with caplog.at_level(logging.INFO, logger="adaptrain"):
         run(tmp_path, callback, module)
@@ -89,3 +91,85 @@ def test_a_module_that_is_its_own_model_is_refused(tmp_path) -> None:
 
     with pytest.raises(ConfigurationError, match="in one"):
         run(tmp_path, Quantization(), Both())
+
+
+class Seen(pl.Callback):
+    """Notes, for each step, whether the model computes with rounded weights."""
+
+    def __init__(self) -> None:
+        self.steps: list[bool] = []
+        self.at_end: bool | None = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.steps.append("forward" in pl_module.model.classifier.__dict__)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.at_end = "forward" in pl_module.model.classifier.__dict__
+
+
+@pytest.mark.parametrize("method", ["int4_weight", "int8_dynamic"])
+def test_the_last_part_of_training_is_quantization_aware(tmp_path, method) -> None:
+    seen = Seen()
+    trainer, module = run(tmp_path, Quantization(method=method, aware_from=0.5), TextModule(), others=[seen])
+    half = len(seen.steps) // 2
+    assert seen.steps == [False] * half + [True] * half
+    assert seen.at_end is False  # so that what others measure at the end is the plain model
+    began = next(d for d in decision_log(trainer) if d.knob == "fake_quantization")
+    assert (began.step, began.old, began.new) == (half, "none", method)
+    assert "50% of training are over" in began.reason
+    assert "forward" not in module.model.classifier.__dict__
+    assert load_quantized(tmp_path / "quantized") is not None
+
+
+# The resumed run saves nothing.
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
+def test_a_resumed_run_is_aware_where_it_was(tmp_path) -> None:
+    def fit(folder: Any, resume: Any = None) -> TextModule:
+        torch.manual_seed(0)
+        callbacks: list[Any] = [Quantization(method="int4_weight", aware_from=0.4)]
+        if resume is None:
+            callbacks.append(ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1))
+        trainer = quiet_trainer(folder, callbacks=callbacks, max_epochs=4, enable_checkpointing=resume is None)
+        module = TextModule()
+        trainer.fit(module, text_loader(), ckpt_path=resume)
+        return module
+
+    expected = fit(tmp_path / "whole")
+    module = fit(tmp_path / "resumed", tmp_path / "whole" / "step=12.ckpt")
+    assert module.losses == expected.losses[12:]
+    assert torch.equal(weights(module), weights(expected))
+
+
+def test_a_failing_run_leaves_the_model_as_it_was(tmp_path) -> None:
+    class Failing(TextModule):
+        def on_train_epoch_end(self) -> None:
+            assert "forward" in self.model.classifier.__dict__
+            raise RuntimeError("on purpose")
+
+    module = Failing()
+    trainer = quiet_trainer(tmp_path, callbacks=[Quantization(method="int8_weight", aware_from=0.0)], max_epochs=2)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(module, text_loader())
+    assert "forward" not in module.model.classifier.__dict__
+
+
+def test_a_dry_run_is_not_aware(tmp_path) -> None:
+    seen = Seen()
+    callback = Quantization(method="int4_weight", aware_from=0.5, dry_run=True)
+    trainer, _ = run(tmp_path, callback, TextModule(), others=[seen])
+    assert not any(seen.steps)
+    assert [d.applied for d in decision_log(trainer) if d.knob == "fake_quantization"] == [False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "int4_weight", "aware_from": 1.0}, "in \\[0, 1\\), got 1.0"),
+        ({"method": "int4_weight", "aware_from": True}, "got True"),
+        ({"aware_from": 0.8}, "method must be one of int8_dynamic, int8_weight, int4_weight, got 'auto'"),
+        ({"method": "bf16", "aware_from": 0.8}, "got 'bf16'"),
+    ],
+)
+def test_an_aware_run_needs_a_share_and_a_method(arguments, message) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Quantization(**arguments)

@@ -12,6 +12,7 @@ from torch import nn
 
 from adaptrain import ConfigurationError
 from adaptrain.compression import load_quantized, quantize, save_quantized
+from adaptrain.compression.int4 import GROUP, Int4Embedding, Int4Linear, round_groups, rounded_to_groups
 from adaptrain.compression.int8 import Int8Embedding, Int8Linear, round_rows
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
@@ -73,6 +74,44 @@ def test_an_embedding_in_8_bits_gives_its_rounded_entries() -> None:
     torch.testing.assert_close(rounded(ids), rounded.weight[ids])
 
 
+@pytest.mark.parametrize("columns", [8, GROUP, 70])
+def test_four_bits_are_within_half_a_step_of_each_group(columns) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(5, columns) * torch.tensor([1e-3, 1.0, 50.0, 1.0, 0.0])[:, None]
+    packed, steps, held = round_groups(weight)
+    groups = -(-columns // GROUP)
+    assert (packed.dtype, packed.shape, steps.shape, held) == (torch.uint8, (5, 16 * groups), (5, groups), columns)
+    layer = Int4Linear(packed, steps, held, None)
+    assert torch.equal(layer.weight, rounded_to_groups(weight))
+    by_weight = steps.float().repeat_interleave(GROUP, 1)[:, :columns]
+    # bfloat16 keeps a step within 1/256, so that the seventh multiple may fall short of the greatest weight by that.
+    assert ((layer.weight - weight).abs() <= by_weight * (0.5 + 7 / 256)).all()
+    assert len(layer.weight[1].unique()) <= 15 * groups
+
+
+def test_a_layer_in_four_bits_gives_the_product_of_its_rounded_values() -> None:
+    torch.manual_seed(0)
+    linear, embedding = nn.Linear(24, 10), nn.Embedding(9, 40, padding_idx=0)
+    inputs, ids = torch.randn(3, 5, 24), torch.tensor([[0, 3], [8, 1]])
+    rounded = Int4Linear(*round_groups(linear.weight), linear.bias)
+    expected = inputs @ rounded_to_groups(linear.weight).T + linear.bias
+    torch.testing.assert_close(rounded(inputs), expected.detach())
+    assert rounded(inputs.bfloat16()).dtype == torch.bfloat16
+    entries = Int4Embedding(*round_groups(embedding.weight), 0)
+    assert torch.equal(entries(ids), rounded_to_groups(embedding.weight)[ids])
+    assert torch.equal(entries(ids), entries.weight[ids])
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "distilbert", "t5"])
+def test_every_family_in_four_bits(name) -> None:
+    model = MODELS[name]().eval()
+    inputs = find_family(model).example_inputs(4, 12)
+    expected = logits(model, inputs)
+    quantized = quantize(model, "int4_weight")
+    assert float((logits(quantized.model, inputs) - expected).abs().max()) < 0.5 * float(expected.abs().max())
+    assert quantized.trials[1].size_bytes < 0.45 * quantized.trials[0].size_bytes  # biases and norms count here
+
+
 @pytest.mark.parametrize("method", ["bf16", "int8_dynamic", "int8_weight"])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "distilbert", "t5"])
 def test_every_family_in_lower_precision_says_nearly_the_same(name, method) -> None:
@@ -89,9 +128,10 @@ def test_every_family_in_lower_precision_says_nearly_the_same(name, method) -> N
     assert lower.size_bytes < (0.55 if method == "bf16" else 0.5) * none.size_bytes  # biases and norms count here
 
 
-def test_what_is_shared_is_held_once() -> None:
-    quantized = quantize(tiny_llama(), "int8_weight").model
-    assert quantized.lm_head.multiples.data_ptr() == quantized.model.embed_tokens.multiples.data_ptr()
+@pytest.mark.parametrize(("method", "held"), [("int8_weight", "multiples"), ("int4_weight", "packed")])
+def test_what_is_shared_is_held_once(method, held) -> None:
+    quantized = quantize(tiny_llama(), method).model
+    assert getattr(quantized.lm_head, held).data_ptr() == getattr(quantized.model.embed_tokens, held).data_ptr()
 
 
 def test_auto_measures_evaluates_and_keeps_what_loses_little() -> None:
@@ -99,14 +139,16 @@ def test_auto_measures_evaluates_and_keeps_what_loses_little() -> None:
 
     def evaluate(candidate: Any) -> float:
         seen.append(type(candidate.classifier).__name__)
-        return {"Linear": 0.9, "Int8Linear": 0.85}[seen[-1]] - 0.001 * (candidate.dtype == torch.bfloat16)
+        return {"Linear": 0.9, "Int8Linear": 0.85, "Int4Linear": 0.7}[seen[-1]] - 0.001 * (
+            candidate.dtype == torch.bfloat16
+        )
 
     found = quantize(model, example_inputs=batch(), evaluate=evaluate, minimize="size", max_metric_drop=0.01)
     trials = {trial.method: trial for trial in found.trials}
     assert set(trials) == {"none", "bf16", "int8_dynamic", "int8_weight", "int4_weight"}
     assert found.method == "bf16"
     assert "loses 0.05, more than max_metric_drop=0.01" in str(trials["int8_dynamic"].refused)
-    assert trials["int4_weight"].refused  # for want of torchao, or of what it needs
+    assert "loses 0.2" in str(trials["int4_weight"].refused)
     assert all(trials[name].latency_ms > 0 for name in ("none", "bf16", "int8_weight"))
     table = found.table()
     assert "chosen" in next(line for line in table.splitlines() if line.startswith("bf16"))
@@ -159,7 +201,7 @@ def pruned() -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("method", ["none", "bf16", "int8_dynamic", "int8_weight"])
+@pytest.mark.parametrize("method", ["none", "bf16", "int8_dynamic", "int8_weight", "int4_weight"])
 def test_a_pruned_model_is_quantized_saved_and_loaded_in_another_process(tmp_path, method) -> None:
     model = pruned()
     quantized = quantize(model, method)
@@ -198,14 +240,6 @@ def test_quantized_models_pickle_and_copy() -> None:
 def test_wrong_arguments_are_refused(arguments, message) -> None:
     with pytest.raises(ConfigurationError, match=message):
         quantize(tiny_bert(), **arguments)
-
-
-def test_four_bits_without_torchao_say_what_to_install() -> None:
-    pytest.importorskip("transformers")
-    if "torchao" in sys.modules:
-        pytest.skip("torchao is there")
-    with pytest.raises(ConfigurationError, match="int4_weight"):
-        quantize(tiny_bert(), "int4_weight", example_inputs=batch())
 
 
 def test_what_cannot_be_saved_or_loaded_is_refused(tmp_path) -> None:
