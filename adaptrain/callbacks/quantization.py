@@ -35,8 +35,8 @@ class Quantization(AdaptiveCallback):
     reads it. The trained module stays in full precision. See `adaptrain.compression.quantize` for what the methods buy.
 
     With `aware_from` the last part of training is quantization-aware: the model computes with weights rounded as they
-    will be held, in validation too, so that what rounding costs can be trained away (`adaptrain.compression.aware`). It is
-    worth it only where rounding costs something; try without it first.
+    will be held, in validation too, so that what rounding costs can be trained away (`adaptrain.compression.aware`).
+    It is worth it only where rounding costs something; try without it first.
 
     Args:
         method: `"auto"`, which tries all, or one of `"bf16"`, `"int8_dynamic"`, `"int8_weight"`, `"int4_weight"`.

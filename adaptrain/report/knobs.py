@@ -24,6 +24,7 @@ _KNOB_LABELS = {
     "distillation": "distillation (the teacher's share of the loss)",
     "elastic": "elastic (networks that train)",
     "family": "family (members kept)",
+    "fake_quantization": "rounding in training",
     "precision": "precision of the copy that is left",
     "recovery": "recovery (a member's metric)",
     "trainable_params": "trainable parameters",
