@@ -173,3 +173,22 @@ def test_a_dry_run_is_not_aware(tmp_path) -> None:
 def test_an_aware_run_needs_a_share_and_a_method(arguments, message) -> None:
     with pytest.raises(ConfigurationError, match=message):
         Quantization(**arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on importing its compiler
+def test_a_compiled_model_is_compiled_anew_when_it_becomes_aware(tmp_path) -> None:
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = tiny_bert()
+        module = TextModule(torch.compile(model, backend="eager") if compiled else model)
+        callback = Quantization(method="int4_weight", aware_from=0.5)
+        trainer = quiet_trainer(tmp_path / str(compiled), callbacks=[callback], max_epochs=2)
+        trainer.fit(module, text_loader())
+        losses.append(module.losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    torch.manual_seed(0)
+    unaware = TextModule(tiny_bert())
+    quiet_trainer(tmp_path / "unaware", max_epochs=2).fit(unaware, text_loader())
+    assert unaware.losses != pytest.approx(losses[0], rel=1e-4)  # so that the comparison says something
