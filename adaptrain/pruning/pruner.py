@@ -20,8 +20,9 @@ from adaptrain.pruning.solver import solve
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
 
-_AIM = 0.98  # of a latency limit: what noise may take away again
-_NEAR = 0.95  # of a latency limit: below it, more was cut than needed
+_FITS = 0.98  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
+_AIM = 0.955  # of a latency limit: between the two others
+_NEAR = 0.93  # of a latency limit: below it, more was cut than needed
 _ROUNDS = 6
 _STRIDE = 0.75  # the most that one measurement, which may be off, moves the aim
 _UNIT_NAMES = {"heads": "heads", "ffn": "FFN neurons"}
@@ -134,14 +135,14 @@ class Pruner:
                 if cost_name(name) == "latency"
             )
             tried.append((used, times["candidate"] / times["dense"], candidate))
-            if _NEAR <= used <= 1 or (used <= 1 and candidate == structure):
+            if _NEAR <= used <= _FITS or (used <= _FITS and candidate == structure):
                 break
-            fits, fails = (max(fits, aim), fails) if used <= 1 else (fits, min(fails, aim))
+            fits, fails = (max(fits, aim), fails) if used <= _FITS else (fits, min(fails, aim))
             aim *= min(1 / _STRIDE, max(_STRIDE, _AIM / used))
             if not fits < aim < fails:
                 aim = math.sqrt(fits * fails)
         # Of those that fit the slowest, which kept the most; where none fits, the fastest.
-        fitting = [entry for entry in tried if entry[0] <= 1]
+        fitting = [entry for entry in tried if entry[0] <= _FITS]
         _, measured, chosen = (
             max(fitting, key=lambda entry: entry[0]) if fitting else min(tried, key=lambda entry: entry[0])
         )
