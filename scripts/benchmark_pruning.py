@@ -10,7 +10,7 @@ method, with the latency it aims at as a fraction of the dense model's behind an
     ours+OPTION         an ablation: layers, early, late, linear, oneshot, magnitude, activation, movement, random, rate
     tp-taylor           Torch-Pruning once after the first epoch, heads and FFN, by gradients; new optimizer afterwards
     tp-magnitude        the same by weights
-    lightning           Lightning's ModelPruning, which sets 1 - target of the weights to zero after the first epoch
+    lightning           Lightning's ModelPruning: 1 - target of the encoder's weights to zero after the first epoch
     small               not pruned: the first layers of the encoder, narrowed to the latency, tuned from the start
 
 Each (arm, seed) runs in a process of its own, is appended to the JSON file when done, and is left out when run again.

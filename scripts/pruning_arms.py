@@ -400,12 +400,23 @@ def _ours(job: Job, watch: Watch, shape: tuple[int, int]) -> list[Any]:
     return [pruning, *(COMPANIONS[name]() for name in named if name in COMPANIONS)]
 
 
+class EncoderPruning(ModelPruning):
+    """Lightning's callback on the encoder's projections.
+
+    Its default is every weight there is; by global L1 that is all of the pooler, and no training brings it back.
+    """
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        encoder = pl_module.model.base_model.encoder
+        self._parameters_to_prune = [(m, "weight") for m in encoder.modules() if isinstance(m, nn.Linear)]
+        super().setup(trainer, pl_module, stage)
+
+
 def _lightning(job: Job, watch: Watch, shape: tuple[int, int]) -> list[Any]:
-    """As much to zero as the target cuts, after the first epoch, by global L1 over all projections."""
+    """As much to zero as the target cuts, after the first epoch, by global L1."""
     return [
-        ModelPruning(
+        EncoderPruning(
             "l1_unstructured",
-            parameter_names=["weight"],
             amount=1 - job.target,
             apply_pruning=lambda epoch: epoch == 0,
             use_lottery_ticket_hypothesis=False,

@@ -39,9 +39,10 @@ class LearningRateController(AdaptiveCallback):
 
     Args:
         align: Raise a rate that is too low.
-        cap: Limit a step that is too long: one that changes a typical weight matrix by more than 2% of its size, or
-            by 0.08% where the weights were trained before, as told by biases and norms that are not all alike. A number
-            is a limit of your own, such as 0.02 to go on with pretraining.
+        cap: Limit a step that is too long: one that changes a typical weight matrix by more than 13% of its singular
+            values' root mean square, and up to four times that while gradients agree for sure; or by 1.6% where the
+            weights were trained before, as told by biases and norms that are not all alike. A number is a limit of
+            your own, such as 0.13 to go on with pretraining, and never gives way.
         plateau: Halve where the loss stands still. `"auto"`: while the scheduler's rate stands still too; True: always;
             False: never.
         recover: Raise the rate for a while after the model was pruned late in its schedule.
@@ -273,8 +274,9 @@ class LearningRateController(AdaptiveCallback):
 
     def _record(self, trainer: Any, *, old: float, new: float, reason: str, signal: Signal) -> None:
         readings = {"loss": signal.loss, "scheduler_lr": signal.rate, "update_ratio": signal.ratio}
-        align = self._multiplier.align if self._multiplier is not None else None
-        readings["cosine"] = None if align is None else align.cosine
+        multiplier = self._multiplier
+        align, cap = (None, None) if multiplier is None else (multiplier.align, multiplier.cap)
+        readings |= {"cosine": align and align.cosine, "cap_limit": cap and cap.limit}
         self.record(trainer, "learning_rate", old=old, new=new, reason=reason, readings=readings | self.factors)
 
     def _log(self, trainer: Any, optimizer: Any) -> None:

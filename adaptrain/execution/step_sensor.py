@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adaptrain.execution.update_probe import gradient_norm, probe, reference_norms
+from adaptrain.execution.update_probe import gradient_norm, probe, reference_sizes
 
 PROBE_EVERY = 4
 FIRST_STEPS = 16  # probed one by one: there the update changes fastest
@@ -28,7 +28,7 @@ class StepSensor:
         self.probes = probes
         self.gradients = gradients
         self.steps = 0
-        self.references: list[float] | None = None  # the norms that update sizes are measured by
+        self.references: list[float] | None = None  # what update sizes are measured by
 
     def read(
         self, optimizer: Optimizer, losses: Sequence[Tensor], *, scale: float, each: bool = False
@@ -42,7 +42,7 @@ class StepSensor:
             each: Whether to probe this step whichever it is.
 
         Returns:
-            [loss, 1.0 where every gradient is finite, cos(g, u), median ‖û‖/‖θ_ref‖], nan where not known, and how
+            [loss, 1.0 where every gradient is finite, cos(g, u), median ‖û‖_F/σ_ref], nan where not known, and how
             many steps the last two stand for: 0 where they were not measured.
         """
         norm = gradient_norm(optimizer) if self.gradients else torch.zeros(())
@@ -51,7 +51,7 @@ class StepSensor:
         finite = math.isfinite(second)
         probed, cosine, ratio = 0, None, None
         if self.probes and self.references is None:
-            self.references = reference_norms(optimizer)
+            self.references = reference_sizes(optimizer)
         if self.probes and finite:
             probed = 1 if each or self.steps < FIRST_STEPS else PROBE_EVERY * (self.steps % PROBE_EVERY == 0)
         if probed and self.references is not None:

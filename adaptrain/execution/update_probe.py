@@ -73,12 +73,20 @@ def gradient_norm(optimizer: Optimizer) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def reference_norms(optimizer: Optimizer) -> list[float]:
-    """Returns the norm of every parameter of two or more dimensions, 0 for the others, in the optimizer's order."""
+def reference_sizes(optimizer: Optimizer) -> list[float]:
+    """Returns by what updates are measured: the root mean square of every weight's singular values.
+
+    That is ‖θ‖_F/√rank, with the rank a matrix of its shape can have; of more than two dimensions the first is one
+    side and the others together are the other. In the optimizer's order, 0 for parameters of fewer than two dimensions.
+    """
     parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
     matrices = [p for p in parameters if p.ndim >= 2 and p.numel()]
     norms = iter(_floats(torch._foreach_norm(matrices, 2, torch.float32)) if matrices else [])
-    return [next(norms) if p.ndim >= 2 and p.numel() else 0.0 for p in parameters]
+    return [next(norms) / math.sqrt(_rank(p)) if p.ndim >= 2 and p.numel() else 0.0 for p in parameters]
+
+
+def _rank(weight: Tensor) -> int:
+    return min(len(weight), weight.numel() // len(weight))
 
 
 def were_trained(optimizer: Optimizer) -> bool:
@@ -99,12 +107,12 @@ def probe(optimizer: Optimizer, references: Sequence[float], *, turn: int = 0) -
 
     Args:
         optimizer: One of a known `update_kind`, with gradients in place (unscaled, before clipping).
-        references: What `reference_norms` returned when the weights were last taken as the measure.
+        references: What `reference_sizes` returned when the weights were last taken as the measure.
         turn: Counts the probes, so that each looks at other rows.
 
     Returns:
         cos(g, u) between the gradient and the direction of the update, and the median over the parameters of two or
-        more dimensions of ‖û‖/‖θ_ref‖, the relative change per unit of the highest rate among the groups. Each None
+        more dimensions of ‖û‖_F/σ_ref, the relative change per unit of the highest rate among the groups. Each None
         where it cannot be known.
     """
     kind = update_kind(optimizer)
@@ -153,7 +161,7 @@ def _adam_direction(moments: list[Tensor], seconds: list[Tensor], epsilons: list
 
 
 def _sampled(optimizer: Optimizer, references: Sequence[float], turn: int) -> Iterator[list[tuple[Any, ...]]]:
-    """Yields (g, m, v, weight, scale of ‖u‖, ε, θ_ref, rate) per parameter, in a list for each device and type.
+    """Yields (g, m, v, weight, scale of ‖u‖, ε, σ_ref, rate) per parameter, in a list for each device and type.
 
     The tensors are samples where there are many elements; `weight` is how many elements each stands for.
     """

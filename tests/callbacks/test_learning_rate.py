@@ -163,7 +163,7 @@ def test_a_rate_far_off_is_moved_the_right_way_in_both_namespaces(tmp_path, name
 
 
 @pytest.mark.parametrize(
-    ("cap", "before", "kappa"), [(True, False, 0.02), (True, True, 0.0008), (0.1, True, 0.1), (False, True, None)]
+    ("cap", "before", "kappa"), [(True, False, 0.13), (True, True, 0.016), (0.3, True, 0.3), (False, True, None)]
 )
 def test_weights_that_were_trained_before_are_capped_at_shorter_steps(tmp_path, cap, before, kappa):
     module = TextModule(tiny_bert(layers=1), lr=1e-3)

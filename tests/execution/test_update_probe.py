@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adaptrain.execution import update_probe
-from adaptrain.execution.update_probe import gradient_norm, probe, reference_norms, update_kind
+from adaptrain.execution.update_probe import gradient_norm, probe, reference_sizes, update_kind
 
 
 def layers(*sizes: int) -> nn.Sequential:
@@ -62,12 +62,21 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (64, 64), (6, 4, 2, 3), (1, 50)])
+def test_updates_are_measured_by_the_root_mean_square_of_singular_values(shape):
+    weight = nn.Parameter(torch.randn(shape))
+    found, bias = reference_sizes(torch.optim.SGD([weight, nn.Parameter(torch.ones(3))], lr=0.1))
+    values = torch.linalg.svdvals(weight.detach().flatten(1))
+    assert found == pytest.approx(float(values.square().mean().sqrt()))
+    assert bias == 0.0
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_small_model_is_measured_whole(name):
     model = layers(20, 30, 10)
     optimizer = OPTIMIZERS[name](model.parameters())
     stepped(model, optimizer)
-    references = reference_norms(optimizer)
+    references = reference_sizes(optimizer)
     assert references[1] == 0.0  # a bias is no measure
     cosine, ratio = plainly(optimizer, references)
     assert probe(optimizer, references) == pytest.approx((cosine, ratio), rel=1e-4)
@@ -79,7 +88,7 @@ def test_of_a_large_model_a_sample_says_the_same(name):
     model = layers(1500, 1200, 1200, 700)  # 4 million
     optimizer = OPTIMIZERS[name](model.parameters())
     stepped(model, optimizer, steps=2)
-    references = reference_norms(optimizer)
+    references = reference_sizes(optimizer)
     cosine, ratio = plainly(optimizer, references)
     assert cosine > 0.1
     seen = [probe(optimizer, references, turn=turn) for turn in range(4)]
@@ -99,7 +108,7 @@ def test_a_sample_is_of_few_elements_and_all_have_their_turn(monkeypatch):
     numbered = torch.arange(weight.numel()).view_as(weight).float()
     weight.grad = numbered.clone()
     for turn in range(11):
-        ((grad, *_, _), (bias, *_)) = next(update_probe._sampled(optimizer, reference_norms(optimizer), turn))
+        ((grad, *_, _), (bias, *_)) = next(update_probe._sampled(optimizer, reference_sizes(optimizer), turn))
         assert grad.numel() <= 6000
         assert grad.is_contiguous()
         assert bias.numel() == 200  # small tensors are never sampled
@@ -123,9 +132,10 @@ def test_before_the_first_step_only_the_size_is_known():
     model = layers(5, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     stepped(model, optimizer, steps=0)
-    cosine, ratio = probe(optimizer, reference_norms(optimizer))
+    cosine, ratio = probe(optimizer, reference_sizes(optimizer))
     assert cosine is None
-    assert ratio == pytest.approx(math.sqrt(20) / float(next(model.parameters()).detach().norm()))
+    weight = next(model.parameters()).detach()
+    assert ratio == pytest.approx(math.sqrt(20) / float(weight.norm() / 2))  # of rank 4
     assert update_kind(torch.optim.Adagrad(model.parameters())) is None
     assert probe(torch.optim.Adagrad(model.parameters()), [1.0, 0.0]) == (None, None)
 

@@ -37,9 +37,9 @@ def falling(count: int, *, by: float = 0.01) -> list[float]:
 def test_align_raises_where_gradients_surely_agree_and_says_nothing_before():
     align = Align(rise=0.5)
     for value, loss in zip(noisy(0.05, 0.01, 4), falling(4), strict=True):
-        align.observe(value, loss=loss)
+        assert align.observe(value, loss=loss) == 0
     assert align.value == 1.0
-    align.observe(0.05, loss=1.9)
+    assert align.observe(0.05, loss=1.9) == 1
     assert math.log(align.value) == pytest.approx(0.5)
 
 
@@ -54,7 +54,7 @@ def test_align_takes_a_hint_where_the_loss_stands_still_and_not_where_it_falls()
     hint = [0.06, -0.02, 0.05, -0.01, 0.06, 0.0, 0.04, -0.01]  # 1.8 standard errors above 0
     still, better = Align(), Align()
     for value, flat, loss in zip(hint, noisy(2.0, 0.01, 8), falling(8), strict=True):
-        still.observe(value, loss=flat)
+        assert still.observe(value, loss=flat) == 0  # raised, but not for sure
         better.observe(value, loss=loss)
     assert still.value > 1.0
     assert better.value == 1.0
@@ -84,9 +84,9 @@ def test_align_leaves_a_good_rate_alone_and_never_lowers_it(cosine):
 def test_align_takes_back_a_raise_that_went_too_far():
     align = Align()
     align.log = 1.0
-    for value in noisy(-0.05, 0.01, 40):
-        align.observe(value)
+    verdicts = [align.observe(value) for value in noisy(-0.05, 0.01, 40)]
     assert align.value == 1.0
+    assert set(verdicts) == {0, -1}
 
 
 def test_align_gives_the_direction_three_steps_to_follow():
@@ -135,6 +135,33 @@ def test_cap_makes_the_step_as_long_as_kappa_allows():
     assert 0.1 * factor * 3.0 == pytest.approx(0.015)
     cap.observe(None)
     assert cap.value(0.1) == 1.0
+
+
+def test_cap_gives_way_to_evidence_up_to_its_room_and_comes_back():
+    cap = Cap(kappa=0.1, room=4.0)
+    cap.observe(10.0)
+    assert cap.value(1.0) == pytest.approx(0.01)
+    cap.adjust(1)
+    assert cap.value(1.0) == pytest.approx(0.01 * math.exp(0.25))
+    cap.adjust(0)
+    cap.adjust(-1)
+    assert cap.value(1.0) == pytest.approx(0.01)
+    cap.adjust(-1)
+    assert cap.value(1.0) == pytest.approx(0.01)
+    for _ in range(10):
+        cap.adjust(1)
+    assert cap.value(1.0) == pytest.approx(0.04)
+    cap.relapse()
+    for _ in range(10):
+        cap.adjust(1)
+    assert cap.value(1.0) == pytest.approx(0.02)
+
+
+def test_a_cap_of_ones_own_never_gives_way():
+    cap = Cap(kappa=0.1)
+    cap.observe(10.0)
+    cap.adjust(1)
+    assert cap.value(1.0) == pytest.approx(0.01)
 
 
 # plateau
@@ -426,6 +453,36 @@ def test_a_binding_cap_takes_back_the_raise_down_to_four_times_what_it_allows():
     for _ in range(100):  # alone, the rate would be 2 times what the cap allows
         multiplier.step(Signal(loss=1.0, rate=1e-3, probed=1, cosine=0.0, ratio=30.0))
     assert align.value == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("cosine", "rate", "limit"),
+    [
+        (0.5, 1.0, 0.4),  # gradients agree although the cap binds: gives way, up to its room
+        (0.0, 1.0, 0.1),
+        (0.5, 1e-6, None),  # far below the cap: there is nothing to give way
+    ],
+)
+def test_a_binding_cap_gives_way_where_gradients_agree(cosine, rate, limit):
+    multiplier = Multiplier(align=Align(), cap=Cap(kappa=0.1, room=4.0))
+    for step in range(120):
+        multiplier.step(Signal(loss=1.0, rate=rate, probed=1, cosine=cosine + 0.01 * (-1) ** step, ratio=1.0))
+    assert multiplier.cap is not None
+    if limit is None:
+        assert multiplier.value > 10
+        assert multiplier.cap.slack == 0
+    else:
+        assert rate * multiplier.value == pytest.approx(limit)
+
+
+def test_a_cap_that_gave_way_before_a_divergence_gives_way_half_as_far_after_it():
+    multiplier = Multiplier(align=Align(), cap=Cap(kappa=0.1, room=4.0), guard=Guard())
+    for again in (False, True):
+        for _ in range(200):
+            multiplier.step(Signal(loss=1.0, rate=1.0, probed=1, cosine=0.5, ratio=1.0))
+        assert multiplier.cap is not None
+        assert math.exp(multiplier.cap.slack) == pytest.approx(2.0 if again else 4.0)
+        multiplier.rolled_back()
 
 
 def test_a_skipped_step_moves_no_factor():

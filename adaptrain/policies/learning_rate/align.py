@@ -75,16 +75,20 @@ class Align(Factor):
         """The mean of c in the present test, or in the last one while the present one is young; None: not known."""
         return fmean(self.cosines) if len(self.cosines) >= 8 else self.mean
 
-    def observe(self, cosine: float, *, loss: float | None = None, steps: int = 1) -> None:
-        """Takes in one measurement of c that stands for `steps` optimizer steps, and the training loss of its step."""
+    def observe(self, cosine: float, *, loss: float | None = None, steps: int = 1) -> int:
+        """Takes in one measurement of c that stands for `steps` optimizer steps, and the training loss of its step.
+
+        Returns:
+            What a test that ended with it is sure of: 1, gradients agree; -1, they oppose; else 0, as for a hint.
+        """
         if self.skip > 0:
             self.skip -= steps
-            return
+            return 0
         self.cosines = [*self.cosines, cosine]
         self.losses = [*self.losses, *([] if loss is None else [loss])]
         count = len(self.cosines)
         if count < 5:
-            return
+            return 0
         mean, z = fmean(self.cosines), _errors_above_zero(self.cosines)
         stands = count >= 8 and self._loss_stands_still()
         if z > (self.hint if stands else self.significance):
@@ -94,6 +98,7 @@ class Align(Factor):
             self._move(-self.rise, mean)
         elif count >= self.patience:
             self._end(mean, skip=0, calm=True)
+        return (z > self.significance) - (z < -self.significance)
 
     def _loss_stands_still(self) -> bool:
         half = len(self.losses) // 2

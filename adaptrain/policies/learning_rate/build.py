@@ -83,7 +83,7 @@ def build_multiplier(
         kind: Whether the optimizer's state shows Adam's moments, a momentum buffer, or neither: no align, no cap.
         own_rate: Whether it sets its own rate: the guard alone.
         align: The switch of the factor, as the others that bear a factor's name.
-        cap: See `align`; a number is κ.
+        cap: See `align`; a number is κ, which then never gives way.
         trained: Whether the weights were trained before.
         plateau: `"auto"`: judge only while the scheduler's rate stands still.
         recover: See `align`.
@@ -96,11 +96,11 @@ def build_multiplier(
         return Multiplier(guard=judge)
     if batch_scaling == "auto":
         batch_scaling = "sqrt" if kind == "adam" else "adascale"
-    kappa = (Cap.TRAINED if trained else Cap.FRESH) if isinstance(cap, bool) else cap
+    own = {"kappa": Cap.TRAINED} if trained else {"kappa": Cap.FRESH, "room": Cap.ROOM}
     watch = MetricPlateau(mode=metric) if metric is not None else LossPlateau(anneal=plateau is True)
     return Multiplier(
         align=Align() if align and kind else None,
-        cap=Cap(kappa=kappa) if cap and kind else None,
+        cap=Cap(**own if isinstance(cap, bool) else {"kappa": cap}) if cap and kind else None,
         plateau=watch if plateau else None,
         batch=Batch(scaling=batch_scaling),
         recover=Recover() if recover else None,

@@ -2,41 +2,68 @@
 
 from __future__ import annotations
 
+import math
+
 from adaptrain.policies.learning_rate.factor import Factor
 
 
 class Cap(Factor):
-    """Keeps one step from moving a typical weight matrix by more than a small share of its size.
+    """Keeps one step from moving a typical weight matrix by more than a small share of its singular values.
 
-        r = lr · median over tensors of ‖û‖/‖θ_ref‖,    cap = min(1, κ/r)
+        r = lr · median over tensors of ‖û‖_F/σ_ref,    σ_ref = ‖θ_ref‖_F/√rank,    cap = min(1, limit/r)
 
     û is the optimizer's update at rate 1 (Adam: bias-corrected), θ_ref the tensor of two or more dimensions as it was
-    at the start of training or at the last structural change. The current norm would not do: a rate that is too high
-    makes the weights grow, which would excuse it. The bound is that of trust-ratio optimizers (LARS, You et al. 2017,
-    arXiv:1708.03888) used as a limit on the whole step, not as a rate per layer.
+    at the start of training or at the last structural change, σ_ref the root mean square of its singular values. An
+    update has few large singular values, so that its Frobenius norm tells its spectral norm; a fresh weight has many
+    alike. It is the change of the spectral norm that has to stay the same over widths (Yang, Simon & Bernstein 2023,
+    arXiv:2310.17813): a limit on ‖û‖_F/‖θ‖_F allows wide models too much or narrow ones too little. The current norm
+    would not do as a measure: a rate that is too high makes the weights grow, which would excuse it. A bound on the
+    relative step is that of trust-ratio optimizers (LARS, You et al. 2017, arXiv:1708.03888), here on the whole step
+    and not as a rate per layer.
+
+    The limit begins at κ, on the safe side. Where gradients still agree for sure although the cap binds (see `Align`),
+    it grows by e^¼, up to `room` times κ, and where they oppose each other it shrinks again.
 
     Weights that were trained before hold what is to be kept, and take a much shorter step than fresh ones do: the usual
-    rates for fine-tuning transformers, 1e-5 to 1e-4, come to κ of 0.0002 to 0.001.
+    rates for fine-tuning transformers, 1e-5 to 1e-4, come to κ of 0.004 to 0.02 (of 384 to 768 hidden units).
 
     Args:
         kappa: The largest relative change in one step, κ.
+        room: How many times κ the limit may become.
     """
 
-    FRESH = 0.02
-    TRAINED = 0.0008
+    FRESH = 0.13
+    TRAINED = 0.016
+    ROOM = 4.0
 
-    _state = ("ratio", "kappa")
+    _state = ("ratio", "kappa", "slack", "most")
 
-    def __init__(self, *, kappa: float = FRESH) -> None:
+    def __init__(self, *, kappa: float = FRESH, room: float = 1.0) -> None:
         self.kappa = kappa
         self.ratio: float | None = None
+        self.slack = 0.0  # logarithm of how many times κ the limit is
+        self.most = math.log(room)
 
     def observe(self, ratio: float | None) -> None:
-        """Takes in the median ‖û‖/‖θ_ref‖ per unit of learning rate; None: not known."""
+        """Takes in the median ‖û‖_F/σ_ref per unit of learning rate; None: not known."""
         self.ratio = ratio
+
+    def adjust(self, evidence: int) -> None:
+        """Gives way where `evidence` is 1: gradients agree although the cap binds; takes that back where it is -1."""
+        self.slack = max(0.0, min(self.slack + 0.25 * evidence, self.most))
+
+    def relapse(self) -> None:
+        """After a divergence: never again more than half of the limit it happened at."""
+        self.most = max(0.0, self.slack - math.log(2))
+        self.slack = min(self.slack, self.most)
+
+    @property
+    def limit(self) -> float:
+        """The relative change in one step that is allowed now."""
+        return self.kappa * math.exp(self.slack)
 
     def value(self, rate: float) -> float:
         """Returns the factor in (0, 1] for a step at the learning rate `rate`."""
-        if self.ratio is None or rate * self.ratio <= self.kappa:
+        if self.ratio is None or rate * self.ratio <= self.limit:
             return 1.0
-        return self.kappa / (rate * self.ratio)
+        return self.limit / (rate * self.ratio)

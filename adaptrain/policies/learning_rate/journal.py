@@ -11,7 +11,7 @@ _WHY = {
     ("align", True): "the gradient still points the way the optimizer goes, so longer steps pay",
     ("align", False): "the raise gives way to the cap",
     ("cap", False): "a step would change the weights by more than the cap allows",
-    ("cap", True): "the steps fit under the cap again",
+    ("cap", True): "the cap allows longer steps",
     ("plateau", False): "the loss stopped improving",
     ("plateau", True): "the plateau ended",
     ("batch", True): "the global batch grew",

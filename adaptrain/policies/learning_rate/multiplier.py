@@ -28,7 +28,7 @@ class Signal:
         gradients_finite: Whether every gradient is finite.
         probed: How many steps the two probes below stand for; 0 where they were not measured.
         cosine: cos(g, u), the agreement of the gradient with the optimizer's direction; None: not known.
-        ratio: Median ‖û‖/‖θ_ref‖ per unit of learning rate; None: not known.
+        ratio: Median ‖û‖_F/σ_ref per unit of learning rate (see `Cap`); None: not known.
     """
 
     loss: float | None
@@ -123,7 +123,9 @@ class Multiplier:
             if self.is_low_on_purpose:
                 self.align.restart()
             else:
-                self.align.observe(signal.cosine, loss=signal.loss, steps=signal.probed)
+                evidence = self.align.observe(signal.cosine, loss=signal.loss, steps=signal.probed)
+                if self.cap is not None and (evidence < 0 or self.capped < 1):
+                    self.cap.adjust(evidence)
         if isinstance(self.plateau, LossPlateau) and signal.loss is not None and math.isfinite(signal.loss):
             cosine = None if self.align is None else self.align.cosine
             self.plateau.observe(signal.loss, rate=signal.rate, cosine=cosine)
@@ -136,6 +138,7 @@ class Multiplier:
             self.capped = self.cap.value(signal.rate * self._uncapped())
             if self.align is not None and self.capped < 0.25:
                 self.align.yield_to(4 * self.capped)
+                self.capped = self.cap.value(signal.rate * self._uncapped())
 
     def structure_changed(self, removed: float, *, window: int) -> None:
         """Takes in that the model lost the share `removed` of its parameters; `window` steps are for recovering."""
@@ -161,6 +164,8 @@ class Multiplier:
             self.guard.rolled_back()
         if self.align is not None:
             self.align.relapse()
+        if self.cap is not None:
+            self.cap.relapse()
         if isinstance(self.plateau, LossPlateau):
             self.plateau.restart()
 
