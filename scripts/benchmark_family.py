@@ -3,7 +3,8 @@
 Parts, each with each seed in a process of its own, appended to the JSON file when done and left out when run again:
 
     family    one progressive run with FamilyCheckpoint: its members; the same sizes each pruned alone in an equal share
-              of the family's wall time; a cascade at half the cost; members in lower precision
+              of the family's wall time; networks of these sizes inside of one (ElasticTraining), in the family's wall
+              time; a cascade at half the cost; members in lower precision
     soup      three fine-tunings from one initialisation, and their greedy and uniform soup
     freezing  one fine-tuning plain, and with LayerFreezing by signal and by schedule
     aware     one fine-tuning rounded to 8 and to 4 bits after it, and with its last fifth quantization-aware
@@ -134,6 +135,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     kinds = {
         "members": lambda row: row["arm"].startswith("member "),
         "pruned alone, same time": lambda row: row["arm"] == "pruned alone",
+        "elastic, same time": lambda row: row["arm"].startswith("elastic"),
         "cascade": lambda row: row["arm"] == "cascade" and "test" in row,
         "int8": lambda row: row["arm"].startswith("int8_dynamic"),
         "int4": lambda row: row["arm"].startswith("int4_weight"),
@@ -143,7 +145,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         "frozen layers": lambda row: row["arm"].startswith("freezing"),
         "adapters": lambda row: row["arm"].startswith("adapters"),
     }
-    for marker, (name, belongs) in zip("osD^vP*X<>", kinds.items(), strict=True):
+    for marker, (name, belongs) in zip("oshD^vP*X<>", kinds.items(), strict=True):
         chosen = [row for row in rows if belongs(row)]
         if not chosen:
             continue

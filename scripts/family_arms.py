@@ -65,19 +65,22 @@ def _family(job: Job, folder: Path, recovery_steps: int, smallest: float) -> lis
     wall = time.perf_counter() - began
     family = adaptrain.ModelFamily.load(folder)
     rows: list[dict[str, Any]] = []
-    targets: dict[str, float] = {}
     for member in family:
-        model = member.model()
-        ratio = latency_ratio(dense, model, inputs)
-        row = {"arm": f"member {member.name}", "latency": ratio, "params": cost.count_params(model)}
-        rows.append(row | _accuracies(trainer, module, data, model) | {"wall_s": wall})
-        targets[member.name] = ratio
+        row = {"arm": f"member {member.name}", "wall_s": wall}
+        rows.append(row | _measured(member.model(), dense, inputs, trainer, module, data))
+    smaller = {member.name: row["latency"] for member, row in zip(family, rows, strict=True) if row["latency"] < 0.95}
     rows += _cascades(family, data)
     rows += _quantized(family, data, trainer, module, dense, inputs)
-    smaller = {name: ratio for name, ratio in targets.items() if ratio < 0.95}
     for name, ratio in smaller.items():
-        rows.append(_alone(job, str(folder / "alone" / name), ratio, wall / max(1, len(smaller)), shape))
+        rows.append(_alone(job, str(folder / "alone" / name), ratio, wall / len(smaller), shape))
+    if smaller:
+        rows += _elastic(job, folder / "elastic", list(smaller.values()), wall, shape)
     return rows
+
+
+def _measured(model: Any, dense: Any, inputs: Any, trainer: Any, module: Any, data: Any) -> dict[str, Any]:
+    row = {"latency": latency_ratio(dense, model, inputs), "params": cost.count_params(model)}
+    return row | _accuracies(trainer, module, data, model)
 
 
 def _alone(job: Job, folder: str, target: float, seconds: float, shape: tuple[int, int]) -> dict[str, Any]:
@@ -92,8 +95,34 @@ def _alone(job: Job, folder: str, target: float, seconds: float, shape: tuple[in
     pl.seed_everything(job.seed, verbose=False)
     trainer.fit(module, data)
     row = {"arm": "pruned alone", "wall_s": time.perf_counter() - began, "steps": trainer.global_step}
-    row |= {"latency": latency_ratio(dense, module.model, cost.example_inputs(module.model, *shape))}
-    return row | {"params": cost.count_params(module.model)} | _accuracies(trainer, module, data, module.model)
+    inputs = cost.example_inputs(module.model, *shape)
+    return row | _measured(module.model, dense, inputs, trainer, module, data)
+
+
+def _elastic(
+    job: Job, folder: Path, levels: list[float], seconds: float, shape: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Trains networks of the members' latencies inside of one, in the family's wall time."""
+    data, module = prepare(job)
+    dense = find_family(module).dense_twin()
+    inputs = cost.example_inputs(module.model, *shape)
+    clock = Clock()
+    callbacks = [
+        adaptrain.WallClock(minutes=seconds / 60),
+        adaptrain.ElasticTraining(levels=levels, latency_input=shape),
+        clock,
+        adaptrain.FamilyCheckpoint(latency_input=shape),
+    ]
+    trainer = make_trainer(job, callbacks, str(folder), max_epochs=-1, max_steps=-1)
+    began = time.perf_counter()
+    pl.seed_everything(job.seed, verbose=False)
+    trainer.fit(module, data)
+    spent = {"wall_s": clock.ended - began, "steps": trainer.global_step}
+    rows = []
+    for member in adaptrain.ModelFamily.load(folder):
+        name = member.name if member.name.startswith("elastic") else "elastic, whole"
+        rows.append({"arm": name} | spent | _measured(member.model(), dense, inputs, trainer, module, data))
+    return rows
 
 
 def _cascades(family: Any, data: Any) -> list[dict[str, Any]]:

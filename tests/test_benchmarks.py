@@ -147,6 +147,7 @@ def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, 
     assert arms["soup"] == ["fine-tuned"] * 3 + ["greedy soup", "uniform soup"]
     assert arms["freezing"] == ["dense", "freezing by signal", "freezing by schedule"]
     assert {"member dense", "member final", "cascade", "int8_dynamic of final", "pruned alone"} <= set(arms["family"])
+    assert {"elastic, whole", "elastic-1"} <= set(arms["family"])
     sizes = {row["arm"]: row["size"] for row in rows if "size" in row}
     assert sizes["int8_dynamic of dense"] < sizes["bf16 of dense"] < 1
     soups = {row["arm"]: row["dev"] for row in rows if row["part"] == "soup"}

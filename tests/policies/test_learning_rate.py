@@ -60,6 +60,14 @@ def test_align_takes_a_hint_where_the_loss_stands_still_and_not_where_it_falls()
     assert better.value == 1.0
 
 
+@pytest.mark.parametrize(("headroom", "raised"), [(1.0, math.exp(0.5)), (9.0, math.exp(0.5)), (200.0, 200.0)])
+def test_align_goes_to_the_cap_at_once_where_it_is_far(headroom, raised):
+    align = Align(rise=0.5)
+    for value in noisy(0.05, 0.01, 5):
+        align.observe(value, headroom=headroom)
+    assert align.value == pytest.approx(raised)
+
+
 def test_align_finds_agreement_that_is_mostly_noise():
     """As measured on a classifier from scratch at a hundredth of its best rate: 0.036, with a spread of 0.038."""
     align, rng = Align(), random.Random(0)
@@ -133,8 +141,11 @@ def test_cap_makes_the_step_as_long_as_kappa_allows():
     assert cap.value(1e-3) == 1.0
     factor = cap.value(0.1)
     assert 0.1 * factor * 3.0 == pytest.approx(0.015)
+    assert cap.headroom(1e-4) == pytest.approx(50.0)
+    assert cap.headroom(0.1) == pytest.approx(factor)
     cap.observe(None)
     assert cap.value(0.1) == 1.0
+    assert cap.headroom(0.1) == 1.0  # not known
 
 
 def test_cap_gives_way_to_evidence_up_to_its_room_and_comes_back():
@@ -460,7 +471,7 @@ def test_a_binding_cap_takes_back_the_raise_down_to_four_times_what_it_allows():
     [
         (0.5, 1.0, 0.4),  # gradients agree although the cap binds: gives way, up to its room
         (0.0, 1.0, 0.1),
-        (0.5, 1e-6, None),  # far below the cap: there is nothing to give way
+        (0.5, 1e-6, None),  # far below the cap, a thousandfold is not enough: there is nothing to give way
     ],
 )
 def test_a_binding_cap_gives_way_where_gradients_agree(cosine, rate, limit):

@@ -21,9 +21,10 @@ class Align(Factor):
 
     z > `significance` raises ln m by `rise`. It is raised by three times that where the rate is clearly far too low:
     the mean is above 0.1, or z > `hint` while the loss stands still (from 8 samples on: it fell by less than a standard
-    error from the first half of them to the second), where little can be lost. z < −`significance` takes back one
-    `rise` of what was raised. Either begins a new test, which leaves out the 3 steps that the direction needs to
-    follow. A test without an outcome ends after `patience` samples.
+    error from the first half of them to the second), where little can be lost. Where the steps are less than a tenth of
+    what the cap allows, it is raised to the cap at once: what is safe for a rate that was too high is for this one.
+    z < −`significance` takes back one `rise` of what was raised. Either begins a new test, which leaves out the 3 steps
+    that the direction needs to follow. A test without an outcome ends after `patience` samples.
 
     It never goes below 1: at a good rate a short-sighted criterion like this one always asks for less ("short-horizon
     bias", Wu et al. 2018, arXiv:1803.02021). The criterion is hypergradient descent's (Baydin et al. 2018,
@@ -75,8 +76,14 @@ class Align(Factor):
         """The mean of c in the present test, or in the last one while the present one is young; None: not known."""
         return fmean(self.cosines) if len(self.cosines) >= 8 else self.mean
 
-    def observe(self, cosine: float, *, loss: float | None = None, steps: int = 1) -> int:
-        """Takes in one measurement of c that stands for `steps` optimizer steps, and the training loss of its step.
+    def observe(self, cosine: float, *, loss: float | None = None, steps: int = 1, headroom: float = 1.0) -> int:
+        """Takes in one measurement of c that stands for `steps` optimizer steps.
+
+        Args:
+            cosine: c.
+            loss: The training loss of its step; None: not known.
+            steps: How many steps it stands for.
+            headroom: How many times as long the steps may be.
 
         Returns:
             What a test that ended with it is sure of: 1, gradients agree; -1, they oppose; else 0, as for a hint.
@@ -93,7 +100,7 @@ class Align(Factor):
         stands = count >= 8 and self._loss_stands_still()
         if z > (self.hint if stands else self.significance):
             steep = 3 if mean > 0.1 or stands else 1
-            self._move(self.rise * steep, mean)
+            self._move(math.log(headroom) if headroom > 10 else self.rise * steep, mean)
         elif z < -self.significance:
             self._move(-self.rise, mean)
         elif count >= self.patience:

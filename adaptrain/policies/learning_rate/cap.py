@@ -62,6 +62,10 @@ class Cap(Factor):
         """The relative change in one step that is allowed now."""
         return self.kappa * math.exp(self.slack)
 
+    def headroom(self, rate: float) -> float:
+        """Returns how many times as long a step at the learning rate `rate` may be; 1 where that is not known."""
+        return self.limit / (rate * self.ratio) if self.ratio and rate > 0 else 1.0
+
     def value(self, rate: float) -> float:
         """Returns the factor in (0, 1] for a step at the learning rate `rate`."""
         if self.ratio is None or rate * self.ratio <= self.limit:

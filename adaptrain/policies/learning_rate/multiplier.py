@@ -123,7 +123,8 @@ class Multiplier:
             if self.is_low_on_purpose:
                 self.align.restart()
             else:
-                evidence = self.align.observe(signal.cosine, loss=signal.loss, steps=signal.probed)
+                headroom = 1.0 if self.cap is None else self.cap.headroom(signal.rate * self._uncapped())
+                evidence = self.align.observe(signal.cosine, loss=signal.loss, steps=signal.probed, headroom=headroom)
                 if self.cap is not None and (evidence < 0 or self.capped < 1):
                     self.cap.adjust(evidence)
         if isinstance(self.plateau, LossPlateau) and signal.loss is not None and math.isfinite(signal.loss):
