@@ -38,7 +38,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from results import aligned, load_results, save_results
+from results import aligned, end_with_parent, load_results, save_results
 
 TASKS = ("language_model", "classifier", "encoder", "long_language_model", "wide_classifier")
 PARTS = ("rates", "faults", "overhead")
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as wrong:
         parser.error(str(wrong))
     store = Store(args.json, {"steps": args.steps, "precision": args.precision})
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         if "rates" in args.parts:
             store.fill(pool, rate_jobs(tasks, methods, args.seeds, args.rates))
         if "faults" in args.parts:

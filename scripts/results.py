@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Callable, Sequence
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,18 @@ def run_in_process(run: Callable[..., Any], *, what: str, **arguments: Any) -> A
 
 def _send(run: Callable[..., Any], arguments: dict[str, Any], sender: Any) -> None:
     sender.send(run(**arguments))
+
+
+def end_with_parent() -> None:
+    """Makes a worker of a pool end when the process that started it is gone: else it would go on without it."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def aligned(rows: Sequence[Sequence[str]], *, right: bool = True) -> list[str]:

@@ -6,11 +6,13 @@ import json
 import math
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -225,6 +227,24 @@ def test_the_learning_rate_report_shows_faults_beside_the_undisturbed_run(monkey
     rows = lr_rows(report("task", False, results).partition("faults")[2])
     assert rows["none"] == ["+0.000", "-0.250"]
     assert rows["nan"] == ["+0.500 (2 of 3 lost)", "+0.125"]
+
+
+def test_workers_end_when_the_learning_rate_benchmark_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "benchmark_learning_rate.py"), "--json", str(tmp_path / "rates.json")]
+    with subprocess.Popen([*command, "--jobs", "1", "--parts", "rates"], stderr=subprocess.DEVNULL) as benchmark:
+        deadline = time.monotonic() + 60
+        while not (workers := _trainings(benchmark.pid)):
+            assert benchmark.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        benchmark.kill()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+
+def _trainings(pid: int) -> list[psutil.Process]:
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
 def test_the_learning_rate_benchmark_names_its_methods(monkeypatch: pytest.MonkeyPatch) -> None:
