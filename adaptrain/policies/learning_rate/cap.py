@@ -25,10 +25,10 @@ class Cap(Factor):
     it grows by e^¼, up to `room` times κ, and where they oppose each other it shrinks again.
 
     Weights that were trained before hold what is to be kept, and take a much shorter step than fresh ones do: the usual
-    rates for fine-tuning transformers, 1e-5 to 1e-4, come to κ of 0.004 to 0.02 (of 384 to 768 hidden units).
+    rates for fine-tuning transformers, 1e-5 to 1e-4, come to κ of 0.004 to 0.03 (of 384 to 768 hidden units).
 
     Args:
-        kappa: The largest relative change in one step, κ.
+        kappa: The relative change in one step that is allowed at first, κ.
         room: How many times κ the limit may become.
     """
 
