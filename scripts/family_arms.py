@@ -88,15 +88,19 @@ def _alone(job: Job, folder: str, target: float, seconds: float, shape: tuple[in
     data, module = prepare(job)
     dense = find_family(module).dense_twin()
     pruning = adaptrain.ProgressivePruning(target={"latency": target}, latency_input=shape)
-    trainer = make_trainer(
-        job, [adaptrain.WallClock(minutes=seconds / 60), pruning], folder, max_epochs=-1, max_steps=-1
-    )
+    trainer = _timed_trainer(job, [pruning], folder, seconds)
     began = time.perf_counter()
     pl.seed_everything(job.seed, verbose=False)
     trainer.fit(module, data)
     row = {"arm": "pruned alone", "wall_s": time.perf_counter() - began, "steps": trainer.global_step}
     inputs = cost.example_inputs(module.model, *shape)
     return row | _measured(module.model, dense, inputs, trainer, module, data)
+
+
+def _timed_trainer(job: Job, callbacks: list[Any], folder: str, seconds: float) -> Any:
+    """Returns a trainer that ends after some wall time, its schedules with it."""
+    clock = adaptrain.WallClock(minutes=seconds / 60)
+    return make_trainer(job, [clock, *callbacks], folder, max_epochs=-1, max_steps=-1)
 
 
 def _elastic(
@@ -107,13 +111,9 @@ def _elastic(
     dense = find_family(module).dense_twin()
     inputs = cost.example_inputs(module.model, *shape)
     clock = Clock()
-    callbacks = [
-        adaptrain.WallClock(minutes=seconds / 60),
-        adaptrain.ElasticTraining(levels=levels, latency_input=shape),
-        clock,
-        adaptrain.FamilyCheckpoint(latency_input=shape),
-    ]
-    trainer = make_trainer(job, callbacks, str(folder), max_epochs=-1, max_steps=-1)
+    elastic = adaptrain.ElasticTraining(levels=levels, latency_input=shape)
+    keep = adaptrain.FamilyCheckpoint(latency_input=shape)
+    trainer = _timed_trainer(job, [elastic, clock, keep], str(folder), seconds)
     began = time.perf_counter()
     pl.seed_everything(job.seed, verbose=False)
     trainer.fit(module, data)

@@ -367,11 +367,15 @@ def _run(job: Job, folder: str) -> dict[str, Any]:
     }
 
 
+def _prunable(model: Any) -> list[Any]:
+    """Returns the projections that can be pruned."""
+    match = find_family(model)
+    return [layer.get_submodule(path) for layer in match.layers for path in projections(match.family)]
+
+
 def _zeros(model: Any) -> float:
     """Returns the share of zeros in the projections that can be pruned."""
-    match = find_family(model)
-    paths = projections(match.family)
-    weights: Any = [layer.get_submodule(path).weight for layer in match.layers for path in paths]
+    weights = [module.weight for module in _prunable(model)]
     return sum(int((w == 0).sum()) for w in weights) / max(1, sum(w.numel() for w in weights))
 
 
@@ -407,8 +411,7 @@ class EncoderPruning(ModelPruning):
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        encoder = pl_module.model.base_model.encoder
-        self._parameters_to_prune = [(m, "weight") for m in encoder.modules() if isinstance(m, nn.Linear)]
+        self._parameters_to_prune = [(module, "weight") for module in _prunable(pl_module.model)]
         super().setup(trainer, pl_module, stage)
 
 

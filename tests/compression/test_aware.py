@@ -89,7 +89,7 @@ def test_four_bits_lose_less_when_training_knows_of_them() -> None:
             return float(F.mse_loss(quantize(model, "int4_weight").model(inputs), wanted))
 
     # Together: of one seed the two may come out alike, and which one differs from processor to processor.
-    assert sum(loss(seed, aware=True) for seed in range(4)) < 0.75 * sum(loss(seed, aware=False) for seed in range(4))
+    assert sum(loss(seed, aware=True) for seed in range(4)) < 0.7 * sum(loss(seed, aware=False) for seed in range(4))
 
 
 def test_a_copy_made_meanwhile_computes_with_its_own_weights() -> None:

@@ -68,6 +68,4 @@ class Cap(Factor):
 
     def value(self, rate: float) -> float:
         """Returns the factor in (0, 1] for a step at the learning rate `rate`."""
-        if self.ratio is None or rate * self.ratio <= self.limit:
-            return 1.0
-        return self.limit / (rate * self.ratio)
+        return min(1.0, self.headroom(rate))
