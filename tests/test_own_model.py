@@ -22,6 +22,7 @@ from adaptrain.pruning import structure as structures
 from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
 from adaptrain.pruning.cost_table import CostTable
 from adaptrain.pruning.families import find_family, register_family
+from adaptrain.pruning.reconstruction import Reconstruction
 from adaptrain.pruning.standins import SlicedMultiheadAttention
 from adaptrain.pruning.surgery import shrink
 
@@ -102,6 +103,16 @@ def test_every_parameter_takes_part_and_its_checkpoint_loads(model, example) -> 
     assert torch.equal(fresh(ids()), model(ids()))
     replay(fresh, {})  # a checkpoint of the dense model
     assert type(fresh.encoder.layers[1].self_attn) is nn.MultiheadAttention
+
+
+def test_neurons_are_reconstructed_and_heads_that_no_module_projects_are_not(model) -> None:
+    match = find_family(model.train())
+    found = Reconstruction(match, ("heads", "ffn"))
+    found.start()
+    model(ids())
+    substitutes = found.solve(structure(match))
+    found.stop()
+    assert set(substitutes) == {(1, "ffn"), (2, "ffn")}
 
 
 def test_its_costs_are_those_of_the_real_model(model) -> None:

@@ -41,6 +41,7 @@ from adaptrain._lightning.trainer import (
     refuse_unsupported,
     resume_step,
     run_folder,
+    sum_over_ranks,
     total_steps,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "run_last",
     "seed_everything",
     "share_of_data",
+    "sum_over_ranks",
     "total_steps",
     "work_follows_batch",
 ]

@@ -93,13 +93,17 @@ def averaged_copies(trainer: Any, pl_module: Any) -> list[Any]:
     return copies + [each.module for held in holders for each in held.modules() if isinstance(each, AveragedModel)]
 
 
-def forget_compiled(pl_module: Any) -> None:
-    """Makes torch compile anew what was compiled for other shapes; nothing is done where nothing is compiled."""
-    compiled = getattr(pl_module, "_compiler_ctx", None) is not None or any(
+def is_compiled(pl_module: Any) -> bool:
+    """Whether the module or a part of it runs through torch.compile."""
+    return getattr(pl_module, "_compiler_ctx", None) is not None or any(
         "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in pl_module.modules()
     )
-    if compiled:
+
+
+def forget_compiled(pl_module: Any) -> None:
+    """Makes torch compile anew what was compiled for other shapes; nothing is done where nothing is compiled."""
+    if is_compiled(pl_module):
         import torch._dynamo  # costs a second, and is there already where something is compiled
 
         torch._dynamo.reset()

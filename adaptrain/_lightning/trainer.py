@@ -98,6 +98,12 @@ def all_reduce(
     return tensor.tolist()
 
 
+def sum_over_ranks(tensor: torch.Tensor) -> None:
+    """Sums a tensor over the ranks in place. A collective: call it on every rank."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+
+
 def all_gather(value: Any) -> list[Any]:
     """Returns every rank's `value`, which must pickle, in order of rank. A collective: call it on every rank."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

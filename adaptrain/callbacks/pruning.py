@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from adaptrain import _lightning
@@ -11,6 +12,7 @@ from adaptrain._lightning.structure import (
     averaged_copies,
     before_hook,
     forget_compiled,
+    is_compiled,
     unwrapped,
     validation_follows,
 )
@@ -27,6 +29,7 @@ from adaptrain.pruning.importance import Scorer, Scores
 from adaptrain.pruning.optimizer_state import skip_empty
 from adaptrain.pruning.plain import uniform_kinds
 from adaptrain.pruning.pruner import Pruner
+from adaptrain.pruning.reconstruction import Reconstruction, Substitute, take_over
 from adaptrain.pruning.scorers import ScoreBy, check_importance, make_scorer
 from adaptrain.pruning.shape import read_shape, typical_shape
 from adaptrain.pruning.structure import Structure
@@ -34,6 +37,8 @@ from adaptrain.pruning.surgery import check_optimizers, shrink
 from adaptrain.pruning.target import read_target
 
 _log = logging.getLogger(__name__)
+
+_WATCHED = 8  # steps before an event, for what stands in for the units that go
 
 
 class ProgressivePruning(AdaptiveCallback):
@@ -66,6 +71,10 @@ class ProgressivePruning(AdaptiveCallback):
         uniform: Keep all layers equally wide, so that the final model is a plain Hugging Face one that loses nothing by
             export; heads go only where the config can describe fewer (not in BERT's). It costs some quality: each
             layer gives up the same share.
+        reconstruct: Let the units that stay take over what those that go have said, by least squares on what they said
+            in the 8 steps before the event (see `adaptrain.pruning.reconstruction.Reconstruction`). It takes a matrix
+            of inputs by inputs for each output projection, in these steps only. A model that runs through
+            torch.compile is cut without, and so are heads of `nn.MultiheadAttention`.
         latency_input: The (batch, sequence) to measure and count at. None: the loader's batch size and the median of
             the padded lengths of a few batches.
         dry_run: Record what would be cut, by the scores there are, and cut nothing.
@@ -85,6 +94,7 @@ class ProgressivePruning(AdaptiveCallback):
         schedule: Any = None,
         round_to: str | int | Mapping[str, int] = "auto",
         uniform: bool = False,
+        reconstruct: bool = True,
         latency_input: Sequence[int] | None = None,
         dry_run: bool = False,
         name: str | None = None,
@@ -96,11 +106,13 @@ class ProgressivePruning(AdaptiveCallback):
         self.importance: ScoreBy = importance
         self.schedule = read_schedule(schedule)
         self.round_to = _read_round_to(round_to)
-        if not isinstance(uniform, bool):
-            raise ConfigurationError(f"uniform must be true or false, got {uniform!r}.")
+        for switch, value in {"uniform": uniform, "reconstruct": reconstruct}.items():
+            if not isinstance(value, bool):
+                raise ConfigurationError(f"{switch} must be true or false, got {value!r}.")
         if uniform and "layers" in self.groups:
             raise ConfigurationError("uniform=True does not go with 'layers' in groups. Leave one of the two out.")
         self.uniform = uniform
+        self.reconstruct = reconstruct
         self.latency_input = None if latency_input is None else read_shape(latency_input)
         self._kinds = tuple(kind for kind in self.groups if kind in KINDS)  # of units, which are scored
         self._reset()
@@ -110,6 +122,7 @@ class ProgressivePruning(AdaptiveCallback):
         self._pruner: Pruner | None = None
         self._scorer: Scorer | None = None
         self._stop_scoring: Callable[[], None] | None = None
+        self._reconstruction: Reconstruction | None = None
         self._report: dict[str, Any] = {}
         self._checked = False  # the optimizers' state
         self._done = 0  # events that are over
@@ -160,6 +173,11 @@ class ProgressivePruning(AdaptiveCallback):
                 _log.info("uniform=True: only %s can go, by what the config can describe.", " and ".join(kinds))
         self._scorer = make_scorer(self.importance, match, self._kinds)
         self._scorer.check()
+        if self.reconstruct and is_compiled(pl_module):
+            _log.info("The model is compiled, so it is cut without reconstruction.")
+        elif self.reconstruct and not self.dry_run:
+            self._reconstruction = Reconstruction(match, self._kinds)
+            self.on_exit(self._reconstruction.stop)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Builds the cost table, and refuses a target that cannot be met."""
@@ -168,6 +186,8 @@ class ProgressivePruning(AdaptiveCallback):
         if self._done < len(self.schedule.plan()):
             self._stop_scoring = self._scorer.start()
             self.on_exit(self._stop_scoring)
+            if self._reconstruction is not None and self._reconstruction.seen:  # before the run was interrupted
+                self._reconstruction.start()
         if callable(self.importance):
             self._scorer.scores()  # what is wrong with them is to show now
         self._pruner = Pruner(self._match, self.groups, self.target, self.round_to, uniform=self.uniform)
@@ -199,6 +219,10 @@ class ProgressivePruning(AdaptiveCallback):
         progress = _lightning.progress(trainer)
         due = sum(event.position <= progress + 1e-9 for event in plan)
         if due <= self._done or not self._scorer.ready:
+            if self._reconstruction is not None and self._done < len(plan):
+                per_step = progress / max(1, trainer.global_step)
+                if plan[self._done].position - progress <= _WATCHED * per_step:
+                    self._reconstruction.start()
             return
         if not self._waited and _anywhere(validation_follows(trainer), pl_module):
             self._waited = True  # validation first: it shows a model that has recovered, not one just cut
@@ -245,13 +269,14 @@ class ProgressivePruning(AdaptiveCallback):
         self._note_structure(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where pruning stands, and the numbers it decides by, as plain Python."""
+        """Returns where pruning stands, and the numbers it decides by: plain Python, and tensors right before a cut."""
         return {
             "done": self._done,
             "waited": self._waited,
             "planned": self._planned,
             "table": self._table,
             "scores": None if self._scorer is None else self._scorer.state_dict(),
+            "reconstruction": None if self._reconstruction is None else self._reconstruction.state_dict(),
             "dense_metrics": self._dense_metrics,
             "dense_step": self._dense_step,
             "structure": None if self._match is None else structures.record(self._match),
@@ -267,6 +292,8 @@ class ProgressivePruning(AdaptiveCallback):
         self._dense_step = state_dict["dense_step"]
         if self._scorer is not None and state_dict["scores"] is not None:
             self._scorer.load_state_dict(state_dict["scores"])
+        if self._reconstruction is not None and state_dict.get("reconstruction") is not None:
+            self._reconstruction.load_state_dict(state_dict["reconstruction"])
 
     def _note_structure(self, checkpoint: dict[str, Any]) -> None:
         if self._match is not None:
@@ -279,11 +306,17 @@ class ProgressivePruning(AdaptiveCallback):
         assert pruner is not None
         scores = self._scores(pl_module)
         have = self._planned or structures.current(match)
-        answer: tuple[Structure, float | None] | None = None
+        reconstruction = self._watched(pl_module)
+        answer: tuple[Structure, float | None, dict[tuple[int, str], Substitute]] | None = None
         if _lightning.is_rank_zero(trainer):
             share = plan[due - 1].share
-            answer = pruner.settle(have, scores) if due == len(plan) else (pruner.propose(have, scores, share), None)
-        wanted, measured = _lightning.broadcast(trainer, answer)
+            chosen, took = (
+                pruner.settle(have, scores) if due == len(plan) else (pruner.propose(have, scores, share), None)
+            )
+            answer = chosen, took, {} if reconstruction is None else reconstruction.solve(chosen)
+        wanted, measured, substitutes = _lightning.broadcast(trainer, answer)
+        if self._reconstruction is not None:
+            self._reconstruction.stop()
         first, self._done, self._waited = self._done + 1, due, False
         if due == len(plan) and self._stop_scoring is not None:
             self._stop_scoring()
@@ -294,15 +327,29 @@ class ProgressivePruning(AdaptiveCallback):
         else:
             self.announce(trainer, "structure", at_end=at_end)
             with unwrapped(trainer):
+                take_over(match, substitutes)
                 shrink(match, wanted, trainer.optimizers)
-                for copied in averaged_copies(trainer, pl_module):
-                    shrink(find_family(copied), wanted)
+                for copied in map(find_family, averaged_copies(trainer, pl_module)):
+                    take_over(copied, substitutes)
+                    shrink(copied, wanted)
             forget_compiled(pl_module)
             release_memory()  # the blocks of the old sizes fit nothing that comes
         old, new, reason, readings = describe_event(
             pruner, have, wanted, first=first, event=due, plan=plan, progress=progress, measured=measured
         )
+        if substitutes:
+            readings["cut_error"] = fmean(made.lost for made in substitutes.values())
+            readings["reconstruction_error"] = fmean(made.left for made in substitutes.values())
         self.record(trainer, "structure", old=old, new=new, reason=reason, readings=readings)
+
+    def _watched(self, pl_module: Any) -> Reconstruction | None:
+        """Returns what was seen for the reconstruction, summed over the ranks; None where one of them saw nothing."""
+        found = self._reconstruction
+        seen = float(found is not None and found.seen)
+        if found is None or not _lightning.all_reduce([seen], op="min", device=pl_module.device)[0]:
+            return None
+        found.reduce(_lightning.sum_over_ranks)
+        return found
 
     def _scores(self, pl_module: Any) -> Scores:
         """Returns the scores, the same on every rank."""

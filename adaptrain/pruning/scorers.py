@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import structure as structures
@@ -23,8 +21,8 @@ from adaptrain.pruning.importance import (
     check_trained,
     layer_adaptive,
 )
-from adaptrain.pruning.projections import Slice
 from adaptrain.pruning.surgery import slices
+from adaptrain.pruning.watch import OutputWatch, is_called, outputs
 
 ScoreBy = str | Callable[[Match, tuple[str, ...]], Scores]
 """A name, or your own: `(match, groups) -> Scores`."""
@@ -44,8 +42,6 @@ class ActivationScores(RunningScores):
     def __init__(self, match: Match, kinds: tuple[str, ...], *, decay: float = 0.95) -> None:
         super().__init__(match, kinds, decay=decay)
         self._seen: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # sums over tokens, tokens
-        self._mask: Tensor | None = None
-        self._watching = False
 
     def check(self) -> None:
         """Refuses a model whose output projections cannot be watched.
@@ -53,57 +49,27 @@ class ActivationScores(RunningScores):
         Raises:
             ConfigurationError: One is `nn.MultiheadAttention`'s, which is never called as a module.
         """
-        for layer in range(len(self.match.layers)):
-            for kind in self.kinds:
-                if any(isinstance(part.linear, NonDynamicallyQuantizableLinear) for part in self._parts(layer, kind)):
-                    raise ConfigurationError(
-                        f"importance='activation' cannot watch the {kind} of layer {layer}: nn.MultiheadAttention does"
-                        " not call its output projection. Use importance='taylor'."
-                    )
-
-    def _parts(self, layer: int, kind: str) -> list[Slice]:
-        return slices(self.match, layer, kind)[-1:]
+        for (layer, kind), output in outputs(self.match, self.kinds).items():
+            if not is_called(output):
+                raise ConfigurationError(
+                    f"importance='activation' cannot watch the {kind} of layer {layer}: nn.MultiheadAttention does"
+                    " not call its output projection. Use importance='taylor'."
+                )
 
     def start(self) -> Callable[[], None]:
         """Hooks into the forward passes; they compute the same as before."""
-        handles = [self.match.model.register_forward_pre_hook(self._note_mask, with_kwargs=True)]
-        for layer in range(len(self.match.layers)):
-            for kind in self.kinds:
-                if parts := self._parts(layer, kind):
+        return OutputWatch(self.match, self.kinds, self._see).start()
 
-                    def see(
-                        _: Any, inputs: Any, key: tuple[int, str] = (layer, kind), size: int = parts[-1].size
-                    ) -> None:
-                        self._see(key, size, inputs[0])
-
-                    handles.append(parts[-1].linear.register_forward_pre_hook(see))
-
-        def stop() -> None:
-            for handle in handles:
-                handle.remove()
-
-        return stop
-
-    def _note_mask(self, model: Any, args: Any, kwargs: Any) -> None:
-        self._watching = model.training and torch.is_grad_enabled()
-        mask = kwargs.get("attention_mask")
-        if mask is None and args:
-            mask = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
-        self._mask = mask
-
-    @torch.no_grad()
-    def _see(self, key: tuple[int, str], size: int, activation: Tensor) -> None:
-        if not self._watching or not activation.shape[-1]:
-            return
-        exact = torch.promote_types(activation.dtype, torch.float32)  # a sum over many tokens
-        tokens = activation.detach().flatten(0, -2).abs().to(exact)
-        real = tokens.new_ones(len(tokens)) if self._mask is None else self._mask.flatten().to(tokens)
+    def _see(self, key: tuple[int, str], read: Tensor, mask: Tensor | None) -> None:
+        exact = torch.promote_types(read.dtype, torch.float32)  # a sum over many tokens
+        tokens = read.abs().to(exact)
+        real = tokens.new_ones(len(tokens)) if mask is None else mask.to(tokens)
         if len(real) != len(tokens):
             raise ConfigurationError(
                 f"importance='activation' needs an attention_mask of shape (samples, tokens) to leave padding out, got"
-                f" {tuple(self._mask.shape if self._mask is not None else ())} for activations of"
-                f" {tuple(activation.shape)}. Use importance='taylor'."
+                f" one of {len(real)} elements for activations of {tuple(read.shape)}. Use importance='taylor'."
             )
+        size = slices(self.match, *key)[-1].size
         sums, count = (real @ tokens).view(-1, size).mean(1), real.sum()
         before = self._seen.get(key)
         self._seen[key] = (sums, count) if before is None else (before[0] + sums, before[1] + count)

@@ -310,7 +310,8 @@ def test_importance_of_your_own_by_its_name_in_a_config() -> None:
 def test_activation_counts_micro_batches_and_leaves_no_hook(tmp_path) -> None:
     kept = []
     for others in ([], [BatchSizeController(micro_batch_size=3)]):
-        _, module = run(tmp_path / str(len(others)), pruning(importance="activation"), others=others)
+        scored = pruning(importance="activation", reconstruct=False)  # by tokens that depend on the micro-batches
+        _, module = run(tmp_path / str(len(others)), scored, others=others)
         kept.append(structures.current(find_family(module)))
         assert not any(inner._forward_pre_hooks for inner in module.modules())
     assert kept[0] == kept[1]
@@ -323,9 +324,66 @@ def test_activation_is_not_watched_after_the_last_event(tmp_path) -> None:
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             counts.append(sum(len(inner._forward_pre_hooks) for inner in pl_module.modules()))
 
-    run(tmp_path, pruning(importance="activation"), others=[Hooks()])
+    run(tmp_path, pruning(importance="activation", reconstruct=False), others=[Hooks()])
     # One on the model and four on projections. The last event comes after 8 of 12 steps.
     assert counts == [5] * 8 + [0] * 4
+
+
+class Outputs(pl.Callback):
+    """The model's logits on one batch, before and after each optimizer step's callbacks."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        pruning_ = next(c for c in trainer.callbacks if isinstance(c, ProgressivePruning))
+        own = pruning_._prune
+
+        def prune(*args: Any, **kwargs: Any) -> None:
+            before = self.logits(pl_module)
+            own(*args, **kwargs)
+            self.seen[trainer.global_step] = before, self.logits(pl_module)
+
+        pruning_._prune = prune
+
+    @staticmethod
+    def logits(pl_module: Any) -> torch.Tensor:
+        inputs = {key: value for key, value in next(iter(text_loader())).items() if key != "labels"}
+        with torch.no_grad():
+            return pl_module.model(**inputs).logits
+
+
+def test_units_that_stay_take_over_for_those_that_go(tmp_path) -> None:
+    errors = []
+    for reconstruct in (False, True):
+        torch.manual_seed(0)
+        outputs = Outputs()
+        # Scores that do not depend on training, so that both lose the same units at the first event.
+        scored = pruning(importance="magnitude", reconstruct=reconstruct)
+        trainer, module = run(tmp_path, scored, others=[outputs])
+        before, after = outputs.seen[3]
+        errors.append(float((after - before).square().mean()))
+        readings = events(trainer)[0].readings
+        assert ("reconstruction_error" in readings) == reconstruct
+        if reconstruct:
+            assert 0 < readings["reconstruction_error"] < 0.7 * readings["cut_error"]
+        assert not any(inner._forward_pre_hooks for inner in module.modules())
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_a_dry_run_watches_nothing_for_a_reconstruction(tmp_path) -> None:
+    callback = pruning(dry_run=True)
+    run(tmp_path, callback)
+    assert callback.state_dict()["reconstruction"] is None
+
+
+def test_an_event_that_comes_before_anything_was_seen_cuts_without(tmp_path) -> None:
+    schedule = CubicSchedule(begin=0.0, end=0.5, events=2)
+    trainer, _ = run(tmp_path, pruning(schedule=schedule))
+    first, last = events(trainer)
+    assert first.step == 1
+    assert "reconstruction_error" not in first.readings
+    assert "reconstruction_error" in last.readings
 
 
 def test_only_the_groups_named_go(tmp_path) -> None:
