@@ -389,6 +389,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "activation": {"importance": "activation"},
     "movement": {"importance": "movement"},
     "random": {"importance": "random"},
+    "reconstruct": {"reconstruct": True},
 }
 COMPANIONS: dict[str, Callable[[], Any]] = {
     "distillation": adaptrain.Distillation,

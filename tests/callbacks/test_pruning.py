@@ -310,7 +310,7 @@ def test_importance_of_your_own_by_its_name_in_a_config() -> None:
 def test_activation_counts_micro_batches_and_leaves_no_hook(tmp_path) -> None:
     kept = []
     for others in ([], [BatchSizeController(micro_batch_size=3)]):
-        scored = pruning(importance="activation", reconstruct=False)  # by tokens that depend on the micro-batches
+        scored = pruning(importance="activation")
         _, module = run(tmp_path / str(len(others)), scored, others=others)
         kept.append(structures.current(find_family(module)))
         assert not any(inner._forward_pre_hooks for inner in module.modules())
@@ -324,7 +324,7 @@ def test_activation_is_not_watched_after_the_last_event(tmp_path) -> None:
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             counts.append(sum(len(inner._forward_pre_hooks) for inner in pl_module.modules()))
 
-    run(tmp_path, pruning(importance="activation", reconstruct=False), others=[Hooks()])
+    run(tmp_path, pruning(importance="activation"), others=[Hooks()])
     # One on the model and four on projections. The last event comes after 8 of 12 steps.
     assert counts == [5] * 8 + [0] * 4
 
@@ -372,14 +372,14 @@ def test_units_that_stay_take_over_for_those_that_go(tmp_path) -> None:
 
 
 def test_a_dry_run_watches_nothing_for_a_reconstruction(tmp_path) -> None:
-    callback = pruning(dry_run=True)
+    callback = pruning(dry_run=True, reconstruct=True)
     run(tmp_path, callback)
     assert callback.state_dict()["reconstruction"] is None
 
 
 def test_an_event_that_comes_before_anything_was_seen_cuts_without(tmp_path) -> None:
     schedule = CubicSchedule(begin=0.0, end=0.5, events=2)
-    trainer, _ = run(tmp_path, pruning(schedule=schedule))
+    trainer, _ = run(tmp_path, pruning(schedule=schedule, reconstruct=True))
     first, last = events(trainer)
     assert first.step == 1
     assert "reconstruction_error" not in first.readings

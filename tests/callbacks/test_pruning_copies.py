@@ -28,7 +28,7 @@ WeightAveraging: Any = getattr(pl.callbacks, "EMAWeightAveraging", None)  # sinc
 
 def pruning(**arguments: Any) -> ProgressivePruning:
     schedule = CubicSchedule(begin=0.35, end=0.7, events=2)
-    return ProgressivePruning(target={"flops": 0.5}, schedule=schedule, **arguments)
+    return ProgressivePruning(**({"target": {"flops": 0.5}, "schedule": schedule, "reconstruct": True} | arguments))
 
 
 def fit(folder: Path, *, resume: Path | None = None) -> tuple[Any, Any, Any]:

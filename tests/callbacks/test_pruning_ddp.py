@@ -23,7 +23,7 @@ from tests.toys import TextModule, quiet_trainer, text_loader, text_samples, wei
 pytestmark = pytest.mark.slow
 
 RUNS: dict[str, dict[str, Any]] = {
-    "both": {"target": {"flops": 0.5}, "latency_input": [8, 16]},
+    "both": {"target": {"flops": 0.5}, "latency_input": [8, 16], "reconstruct": True},
     # 7 of 8 heads: a layer is left with none, and its parameters are empty.
     "heads": {"target": {"params": 0.67}, "groups": ["heads"], "importance": "magnitude"},
     "layers": {"target": {"flops": 0.04}, "groups": ["heads", "ffn", "layers"], "latency_input": [8, 16]},

@@ -43,7 +43,7 @@ class KillAt(pl.Callback):
 
 def callback(**arguments: Any) -> ProgressivePruning:
     schedule = CubicSchedule(begin=0.35, end=0.7, events=2)
-    return ProgressivePruning(**({"target": {"flops": 0.5}, "schedule": schedule} | arguments))
+    return ProgressivePruning(**({"target": {"flops": 0.5}, "schedule": schedule, "reconstruct": True} | arguments))
 
 
 def fit(folder: Path, *, kill_at: int | None = None, resume: Path | None = None, **arguments: Any) -> Any:
