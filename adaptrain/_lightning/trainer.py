@@ -70,6 +70,11 @@ def broadcast(trainer: Any, value: Any) -> Any:
     return trainer.strategy.broadcast(value)
 
 
+def _is_alone() -> bool:
+    """Whether there is no other rank."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
 def all_reduce(
     values: list[float], *, op: Literal["mean", "sum", "max", "min"] = "mean", device: Any = None
 ) -> list[float]:
@@ -83,7 +88,7 @@ def all_reduce(
     Returns:
         The reduced numbers; `values` itself in a single process.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _is_alone():
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     kinds = {
@@ -100,13 +105,13 @@ def all_reduce(
 
 def sum_over_ranks(tensor: torch.Tensor) -> None:
     """Sums a tensor over the ranks in place. A collective: call it on every rank."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if not _is_alone():
         dist.all_reduce(tensor)
 
 
 def all_gather(value: Any) -> list[Any]:
     """Returns every rank's `value`, which must pickle, in order of rank. A collective: call it on every rank."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _is_alone():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

@@ -346,8 +346,7 @@ class ProgressivePruning(AdaptiveCallback):
     def _watched(self, pl_module: Any) -> Reconstruction | None:
         """Returns what was seen for the reconstruction, summed over the ranks; None where one of them saw nothing."""
         found = self._reconstruction
-        seen = float(found is not None and found.seen)
-        if found is None or not _lightning.all_reduce([seen], op="min", device=pl_module.device)[0]:
+        if found is None or not _lightning.all_reduce([float(found.seen)], op="min", device=pl_module.device)[0]:
             return None
         found.reduce(_lightning.sum_over_ranks)
         return found

@@ -88,9 +88,7 @@ class Reconstruction:
         self._stop, self._moments = None, {}
 
     def _see(self, key: tuple[int, str], read: Tensor, mask: Tensor | None) -> None:
-        moments = self._moments.get(key)
-        if moments is None:
-            return
+        moments = self._moments[key]
         if mask is not None and len(mask) == len(read):
             read = read[mask.bool()]
         most = max(_TOKENS, read.shape[-1])

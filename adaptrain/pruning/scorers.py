@@ -42,6 +42,7 @@ class ActivationScores(RunningScores):
     def __init__(self, match: Match, kinds: tuple[str, ...], *, decay: float = 0.95) -> None:
         super().__init__(match, kinds, decay=decay)
         self._seen: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # sums over tokens, tokens
+        self._sizes = {key: output.size for key, output in outputs(match, kinds).items()}  # of a unit's output
 
     def check(self) -> None:
         """Refuses a model whose output projections cannot be watched.
@@ -69,8 +70,7 @@ class ActivationScores(RunningScores):
                 f"importance='activation' needs an attention_mask of shape (samples, tokens) to leave padding out, got"
                 f" one of {len(real)} elements for activations of {tuple(read.shape)}. Use importance='taylor'."
             )
-        size = slices(self.match, *key)[-1].size
-        sums, count = (real @ tokens).view(-1, size).mean(1), real.sum()
+        sums, count = (real @ tokens).view(-1, self._sizes[key]).mean(1), real.sum()
         before = self._seen.get(key)
         self._seen[key] = (sums, count) if before is None else (before[0] + sums, before[1] + count)
 

@@ -310,8 +310,7 @@ def test_importance_of_your_own_by_its_name_in_a_config() -> None:
 def test_activation_counts_micro_batches_and_leaves_no_hook(tmp_path) -> None:
     kept = []
     for others in ([], [BatchSizeController(micro_batch_size=3)]):
-        scored = pruning(importance="activation")
-        _, module = run(tmp_path / str(len(others)), scored, others=others)
+        _, module = run(tmp_path / str(len(others)), pruning(importance="activation"), others=others)
         kept.append(structures.current(find_family(module)))
         assert not any(inner._forward_pre_hooks for inner in module.modules())
     assert kept[0] == kept[1]
