@@ -3,8 +3,8 @@
 Parts, each with each seed in a process of its own, appended to the JSON file when done and left out when run again:
 
     family    one progressive run with FamilyCheckpoint: its members; the same sizes each pruned alone in an equal share
-              of the family's wall time; networks of these sizes inside of one (ElasticTraining), in the family's wall
-              time; a cascade at half the cost; members in lower precision
+              of the family's wall time; a cascade at half the cost; members in lower precision
+    elastic   another such run, and networks of these sizes inside of one (ElasticTraining), in the same wall time
     soup      three fine-tunings from one initialisation, and their greedy and uniform soup
     freezing  one fine-tuning plain, and with LayerFreezing by signal and by schedule
     aware     one fine-tuning rounded to 8 and to 4 bits after it, and with its last fifth quantization-aware
@@ -29,7 +29,7 @@ from typing import Any
 
 from results import aligned, load_results, run_in_process, save_results
 
-PARTS = ("family", "soup", "freezing", "aware", "adapters")
+PARTS = ("family", "elastic", "soup", "freezing", "aware", "adapters")
 # Of parts whose memory is measured: a process each.
 ARMS: dict[str, tuple[str, ...]] = {"adapters": ("adapters, uniform", "adapters by gradient", "all weights")}
 COLUMNS = ("part", "arm", "runs", "dev %", "test %", "latency", "size", "wall s", "peak GiB", "trains M", "notes")

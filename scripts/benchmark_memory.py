@@ -23,7 +23,8 @@ import memory_faults
 import memory_peers
 import torch
 from lockstep import Turn, lockstep, spread
-from memory_tasks import Task, be_quiet, fit
+from memory_tasks import Task, fit
+from quiet import be_quiet
 
 import adaptrain
 from adaptrain.execution.oom import release_memory

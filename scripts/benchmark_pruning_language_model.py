@@ -69,7 +69,8 @@ def run(
 ) -> dict[str, Any]:
     """Trains one arm and says what came of it; `like` is what `pruned` came to, for `small`."""
     import pytorch_lightning as pl
-    from pruning_arms import GIB, be_quiet, quiet_trainer
+    from pruning_arms import GIB
+    from quiet import be_quiet, quiet_trainer
 
     import adaptrain
     from adaptrain.nlp.datamodules import CorpusDataModule

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pruning_arms import GIB, Job, be_quiet, latency_ratio, make_trainer, prepare, quiet_trainer
+from pruning_arms import GIB, Job, latency_ratio, make_trainer, prepare
+from quiet import be_quiet, quiet_trainer
 
 import adaptrain
 from adaptrain.compression import quantize
@@ -38,6 +39,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         rows = {
             "family": lambda: _family(job, Path(folder), recovery_steps, smallest),
+            "elastic": lambda: _elastic(job, Path(folder), recovery_steps, smallest),
             "soup": lambda: _soup(job, folder),
             "freezing": lambda: _freezing(job, folder),
             "aware": lambda: _aware(job, folder),
@@ -46,12 +48,33 @@ def run(
     return [{"part": part, "seed": job.seed, **row} for row in rows]
 
 
-def _family(job: Job, folder: Path, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:
-    """One run and its members, as many separate runs in the same wall time, a cascade, and lower precision."""
+@dataclasses.dataclass(frozen=True)
+class Progressive:
+    """One progressive run that kept its members, and what measures them."""
+
+    trainer: Any
+    module: Any
+    data: Any
+    dense: Any
+    shape: tuple[int, int]
+    wall: float
+    family: Any
+
+    def measured(self, model: Any) -> dict[str, Any]:
+        inputs = cost.example_inputs(self.dense, *self.shape)
+        return _measured(model, self.dense, inputs, self.trainer, self.module, self.data)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {"arm": f"member {member.name}", "wall_s": self.wall} | self.measured(member.model())
+            for member in self.family
+        ]
+
+
+def _progressive(job: Job, folder: Path, recovery_steps: int, smallest: float) -> Progressive:
     data, module = prepare(job)
     dense = find_family(module).dense_twin()
     shape = typical_shape(data.train_dataloader())
-    inputs = cost.example_inputs(module.model, *shape)
     pruning = adaptrain.ProgressivePruning(
         target={"latency": smallest},
         latency_input=shape,
@@ -63,19 +86,31 @@ def _family(job: Job, folder: Path, recovery_steps: int, smallest: float) -> lis
     pl.seed_everything(job.seed, verbose=False)
     trainer.fit(module, data)
     wall = time.perf_counter() - began
-    family = adaptrain.ModelFamily.load(folder)
-    rows: list[dict[str, Any]] = []
-    for member in family:
-        row = {"arm": f"member {member.name}", "wall_s": wall}
-        rows.append(row | _measured(member.model(), dense, inputs, trainer, module, data))
-    smaller = {member.name: row["latency"] for member, row in zip(family, rows, strict=True) if row["latency"] < 0.95}
-    rows += _cascades(family, data)
-    rows += _quantized(family, data, trainer, module, dense, inputs)
-    for name, ratio in smaller.items():
-        rows.append(_alone(job, str(folder / "alone" / name), ratio, wall / len(smaller), shape))
-    if smaller:
-        rows += _elastic(job, folder / "elastic", list(smaller.values()), wall, shape)
+    return Progressive(trainer, module, data, dense, shape, wall, adaptrain.ModelFamily.load(folder))
+
+
+def _smaller(rows: list[dict[str, Any]]) -> list[float]:
+    """The latencies of the members that are smaller than the dense one."""
+    return [row["latency"] for row in rows if row["latency"] < 0.95]
+
+
+def _family(job: Job, folder: Path, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:
+    """One run and its members, a cascade and lower precision of them, and as many separate runs in the same time."""
+    run = _progressive(job, folder, recovery_steps, smallest)
+    rows = run.rows()
+    levels = _smaller(rows)
+    rows += _cascades(run.family, run.data)
+    rows += _quantized(run)
+    for number, level in enumerate(levels):
+        rows.append(_alone(job, str(folder / f"alone-{number}"), level, run.wall / len(levels), run.shape))
     return rows
+
+
+def _elastic(job: Job, folder: Path, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:
+    """One run and its members, and networks of their latencies inside of one in the same wall time."""
+    run = _progressive(job, folder, recovery_steps, smallest)
+    rows = run.rows()
+    return rows + _inside(job, folder / "elastic", _smaller(rows), run.wall, run.shape)
 
 
 def _measured(model: Any, dense: Any, inputs: Any, trainer: Any, module: Any, data: Any) -> dict[str, Any]:
@@ -103,10 +138,10 @@ def _timed_trainer(job: Job, callbacks: list[Any], folder: str, seconds: float) 
     return make_trainer(job, [clock, *callbacks], folder, max_epochs=-1, max_steps=-1)
 
 
-def _elastic(
+def _inside(
     job: Job, folder: Path, levels: list[float], seconds: float, shape: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """Trains networks of the members' latencies inside of one, in the family's wall time."""
+    """Trains networks of some latencies inside of one, in a wall time."""
     data, module = prepare(job)
     dense = find_family(module).dense_twin()
     inputs = cost.example_inputs(module.model, *shape)
@@ -153,17 +188,14 @@ def _cascades(family: Any, data: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _quantized(family: Any, data: Any, trainer: Any, module: Any, dense: Any, inputs: Any) -> list[dict[str, Any]]:
+def _quantized(run: Progressive) -> list[dict[str, Any]]:
     """The dense member and the smallest in lower precision, by time, size and accuracy."""
+    size = _bytes(run.family["dense"].model())
     rows: list[dict[str, Any]] = []
-    first = family["dense"].model()
-    size = _bytes(first)
     for name in ("dense", "final"):
         for method in ("int8_dynamic", "bf16"):
-            small = quantize(family[name].model(), method).model
-            row = {"arm": f"{method} of {name}", "latency": latency_ratio(dense, small, inputs)}
-            row |= {"size": _bytes(small) / size}
-            rows.append(row | _accuracies(trainer, module, data, small))
+            small = quantize(run.family[name].model(), method).model
+            rows.append({"arm": f"{method} of {name}", "size": _bytes(small) / size} | run.measured(small))
     return rows
 
 

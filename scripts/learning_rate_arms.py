@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import math
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.tuner.tuning import Tuner
-from transformers.utils import logging as transformers_logging
+from quiet import be_quiet, quiet_trainer
 
 import adaptrain
 from adaptrain.nlp.datamodules import CorpusDataModule, TextDataModule
@@ -206,7 +204,7 @@ def _data(task: Task, seed: int) -> Any:
 
 def run(task: Task, method: str, rate: float | None, seed: int, fault: str | None = None) -> dict[str, Any]:
     """Trains once and returns the losses (nats; not finite: the run diverged) and accuracies at the end."""
-    _be_quiet()
+    be_quiet()
     torch.set_num_threads(1)
     base = method.partition("+")[0]
     data = _data(task, seed)
@@ -241,7 +239,7 @@ def run(task: Task, method: str, rate: float | None, seed: int, fault: str | Non
 
 def untrained(task: Task, seed: int) -> dict[str, Any]:
     """Returns what the model came to before training: a diverged run is worth no more."""
-    _be_quiet()
+    be_quiet()
     data = _data(task, seed)
     pl.seed_everything(seed, verbose=False)
     loss, accuracy = evaluate(task.module(data, lr=1e-3, schedule="constant"), data.test_dataloader())
@@ -252,18 +250,13 @@ def _trainer(task: Task, callbacks: list[Any], *, validate: bool = False) -> Any
     validation: dict[str, Any] = {"limit_val_batches": 0}
     if validate:
         validation = {"val_check_interval": max(1, task.steps // 20)}
-    return pl.Trainer(
-        accelerator="cpu",
+    return quiet_trainer(
+        _FOLDER.name,
         max_steps=task.steps,
         max_epochs=-1,
         callbacks=callbacks,
         gradient_clip_val=1.0,
         precision=task.precision,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=_FOLDER.name,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=None,
         **validation,
@@ -376,17 +369,9 @@ class _RateSpike(pl.Callback):
         module.configure_optimizers = configure
 
 
-def _be_quiet() -> None:
-    warnings.simplefilter("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for name in ("pytorch_lightning", "lightning.pytorch", "pytorch_lightning.utilities.rank_zero", "adaptrain"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def fit_endlessly(task: Task, method: str, steps: int, turn: Any) -> None:
     """Trains for some steps with a callback that is called first; for timing."""
-    _be_quiet()
+    be_quiet()
     pl.seed_everything(0, verbose=False)
     data = _data(task, 0)
     module = task.module(data, lr=sorted(task.rates)[3], schedule="cosine")

@@ -18,8 +18,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from accelerate.utils import find_executable_batch_size
-from memory_tasks import Task, be_quiet, fit
+from memory_tasks import Task, fit
 from pytorch_lightning.callbacks import BatchSizeFinder
+from quiet import be_quiet
 
 import adaptrain
 from adaptrain.callbacks.base import decision_log

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
+from quiet import quiet_trainer
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.utils import logging as transformers_logging
 
 from adaptrain.nlp.datamodules import CorpusDataModule, TextDataModule
 from adaptrain.nlp.modules import CausalLanguageModel, TextClassifier
@@ -97,28 +93,7 @@ class _Wide:
 
 def fit(module: Any, loader: Any, *callbacks: Any, steps: int, **settings: Any) -> Any:
     """Trains for some steps, silently, and returns the trainer."""
-    trainer = pl.Trainer(
-        accelerator="auto",
-        devices=1,
-        max_steps=steps,
-        max_epochs=-1,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=_FOLDER.name,
-        **settings,
-    )
+    usual = {"accelerator": "auto", "max_steps": steps, "max_epochs": -1, "callbacks": list(callbacks)}
+    trainer = quiet_trainer(_FOLDER.name, **(usual | settings))
     trainer.fit(module, loader)
     return trainer
-
-
-def be_quiet() -> None:
-    """Keeps libraries' notices out of the benchmark's output."""
-    warnings.simplefilter("ignore")
-    for name in ("pytorch_lightning", "lightning.pytorch", "pytorch_lightning.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

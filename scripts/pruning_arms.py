@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelPruning
+from quiet import be_quiet, quiet_trainer
 from torch import nn
 
 import adaptrain
@@ -303,28 +302,6 @@ def make_trainer(job: Job, callbacks: list[Any], folder: str, **settings: Any) -
         ]
     usual: dict[str, Any] = {"precision": job.precision, "max_epochs": job.epochs, "callbacks": callbacks}
     return quiet_trainer(folder, **(usual | settings))
-
-
-def quiet_trainer(folder: str, **settings: Any) -> Any:
-    """Returns a trainer on the CPU that prints, logs and saves nothing."""
-    usual: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "default_root_dir": folder,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    return pl.Trainer(**(usual | settings))
-
-
-def be_quiet(threads: int) -> None:
-    """Keeps libraries' notices out of the output, and torch to some threads."""
-    warnings.simplefilter("ignore")
-    for name in ("pytorch_lightning", "lightning.pytorch"):  # the one imported last prints for both
-        logging.getLogger(name).setLevel(logging.WARNING)
-    torch.set_num_threads(threads)
 
 
 def _run(job: Job, folder: str) -> dict[str, Any]:

@@ -139,7 +139,8 @@ def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, 
     assert "soup, seed 0" not in done.stdout  # it was there already
     rows = json.loads(out.read_text())["results"]
     arms = {
-        part: [row["arm"] for row in rows if row["part"] == part] for part in ("soup", "freezing", "family", "adapters")
+        part: [row["arm"] for row in rows if row["part"] == part]
+        for part in ("soup", "freezing", "family", "elastic", "adapters")
     }
     assert arms["adapters"] == ["adapters, uniform", "adapters by gradient", "all weights"]
     trains = {row["arm"]: row["trainable"] for row in rows if row["part"] == "adapters"}
@@ -149,7 +150,7 @@ def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, 
     assert arms["soup"] == ["fine-tuned"] * 3 + ["greedy soup", "uniform soup"]
     assert arms["freezing"] == ["dense", "freezing by signal", "freezing by schedule"]
     assert {"member dense", "member final", "cascade", "int8_dynamic of final", "pruned alone"} <= set(arms["family"])
-    assert {"elastic, whole", "elastic-1"} <= set(arms["family"])
+    assert {"member dense", "elastic, whole", "elastic-1"} <= set(arms["elastic"])
     sizes = {row["arm"]: row["size"] for row in rows if "size" in row}
     assert sizes["int8_dynamic of dense"] < sizes["bf16 of dense"] < 1
     soups = {row["arm"]: row["dev"] for row in rows if row["part"] == "soup"}
