@@ -208,7 +208,9 @@ def _working_sets(twin: Match, dense: Structure, inputs: Mapping[str, Any]) -> l
 def _measure(
     twin: Match, least: Match, dense: Structure, kinds: tuple[str, ...], inputs: Mapping[str, Any]
 ) -> tuple[list[dict[str, list[list[float]]]], float]:
-    """Measures probes of a few layers at a few widths, and the whole model dense and empty to scale them by.
+    """Measures probes of a few layers at a few widths of one kind, and the whole model dense and empty to scale them.
+
+    Of the other kinds a probe has nothing: what few units take is not told from the noise of a large layer.
 
     Returns:
         For each layer the points [width, milliseconds above empty] by kind, and the milliseconds of the empty model.
@@ -224,23 +226,20 @@ def _measure(
         names[shape] = {}
         for kind in kinds:
             for width in _knots(dict(shape)[kind]):
-                full = width == dict(shape)[kind]
-                name = f"{number}" if full else f"{number}-{kind}-{width}"
+                name = f"{number}-{kind}-{width}" if width else f"{number}"
                 if name not in models:
-                    models[name] = _variant(twin, _with_widths(dense, {kind: width}), layers).model
+                    widths = {**dict.fromkeys(kinds, 0), kind: width}
+                    models[name] = _variant(twin, _with_widths(dense, widths), layers).model
                 names[shape].setdefault(kind, {})[width] = name
     rough = cost.measure_latency({"dense": twin.model}, inputs, repeats=3)["dense"]
-    times = cost.measure_latency(models, inputs, repeats=max(5, cost.repeats_for(rough) // 3))
+    times = cost.measure_latency(models, inputs, repeats=max(5, cost.repeats_for(rough) // 2))
     points: dict[tuple[Any, ...], dict[str, list[list[float]]]] = {}
     for shape, layers in probed.items():
         points[shape] = {}
         for kind, by_width in names[shape].items():
-            highest, rows = 0.0, []
-            for width in sorted(by_width):
-                above = (times[by_width[width]] - times[by_width[0]]) / len(layers)
-                highest = max(highest, above)  # noise must not make a wider layer look cheaper
-                rows.append([width, highest])
-            points[shape][kind] = rows
+            above = [(times[name] - times[by_width[0]]) / len(layers) for _, name in sorted(by_width.items())]
+            rising = isotonic([0.0, *(max(0.0, ms) for ms in above[1:])])
+            points[shape][kind] = [[width, ms] for width, ms in zip(sorted(by_width), rising, strict=True)]
     table = [points[shape] for shape in shapes]
     whole = sum(rows[-1][1] for layer in table for rows in layer.values())
     scale = max(0.0, times["dense"] - times["least"]) / whole if whole > 0 else 0.0
@@ -249,8 +248,24 @@ def _measure(
 
 
 def _knots(count: int) -> list[int]:
-    """The widths to measure: none, very few, an eighth, a quarter, half, and all."""
-    return sorted({0, min(count, max(1, count // 64)), *(count * eighths // 8 for eighths in (1, 2, 4, 8))})
+    """The widths to measure: none, a 64th, a 32nd, ..., a half, and all, and some of those in between."""
+    return sorted({0, *(max(1, count * part // 192) for part in (3, 6, 12, 24, 36, 48, 72, 96, 192))})
+
+
+def isotonic(values: Sequence[float]) -> list[float]:
+    """Returns the non-decreasing sequence that is nearest to the values in squares: noise must not make more cost less.
+
+    By pooling adjacent violators (Ayer et al. 1955, "An Empirical Distribution Function for Sampling with Incomplete
+    Information").
+    """
+    pools: list[tuple[float, int]] = []  # mean, how many
+    for value in values:
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            other, more = pools.pop()
+            mean, count = (mean * count + other * more) / (count + more), count + more
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 def _with_widths(dense: Structure, widths: Mapping[str, int]) -> Structure:

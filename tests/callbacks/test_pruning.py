@@ -370,6 +370,36 @@ def test_units_that_stay_take_over_for_those_that_go(tmp_path) -> None:
     assert errors[1] < 0.7 * errors[0]
 
 
+def rates(module: Any) -> list[float]:
+    layers = find_family(module).layers
+    return [each.p for layer in layers for each in layer.modules() if isinstance(each, nn.Dropout)]
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_dropout_falls_with_the_layers_where_that_is_asked_for(tmp_path, scale) -> None:
+    _, module = run(tmp_path, pruning(scale_dropout=scale), TextModule(tiny_bert(dropout=0.2)))
+    assert all(rate < 0.2 for rate in rates(module)) if scale else set(rates(module)) == {0.2}
+
+
+def test_a_resumed_run_has_the_dropout_of_its_structure(tmp_path) -> None:
+    whole = TextModule(tiny_bert(dropout=0.2))
+    trainer = quiet_trainer(tmp_path, callbacks=[pruning(scale_dropout=True)], max_epochs=2)
+    trainer.fit(whole, text_loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    seen: list[list[float]] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            seen.append(rates(pl_module))
+
+    resumed = TextModule(tiny_bert(dropout=0.2))
+    callbacks = [pruning(scale_dropout=True), Look()]
+    again = quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=3)
+    again.fit(resumed, text_loader(), ckpt_path=str(tmp_path / "end.ckpt"))
+    assert seen[0] == rates(whole)
+    assert max(seen[0]) < 0.2
+
+
 def test_a_dry_run_watches_nothing_for_a_reconstruction(tmp_path) -> None:
     callback = pruning(dry_run=True, reconstruct=True)
     run(tmp_path, callback)

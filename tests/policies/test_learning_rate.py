@@ -60,12 +60,36 @@ def test_align_takes_a_hint_where_the_loss_stands_still_and_not_where_it_falls()
     assert better.value == 1.0
 
 
-@pytest.mark.parametrize(("headroom", "raised"), [(1.0, math.exp(0.5)), (9.0, math.exp(0.5)), (200.0, 200.0)])
-def test_align_goes_to_the_cap_at_once_where_it_is_far(headroom, raised):
-    align = Align(rise=0.5)
+@pytest.mark.parametrize(
+    ("fresh", "first", "headroom", "raised"),
+    [
+        (True, True, 1.4, math.exp(0.5)),
+        (True, True, 9.0, 9.0),
+        (True, False, 9.0, math.exp(0.5)),
+        (True, False, 200.0, 200.0),
+        (False, True, 9.0, math.exp(0.5)),
+        (False, True, 200.0, 200.0),
+    ],
+)
+def test_align_goes_to_the_cap_at_once_where_it_is_far_or_training_begins(fresh, first, headroom, raised):
+    align = Align(rise=0.5, fresh=fresh)
+    if not first:
+        for value in (0.03, -0.03) * 20:
+            align.observe(value)
+        assert align.value == 1.0
     for value in noisy(0.05, 0.01, 5):
         align.observe(value, headroom=headroom)
     assert align.value == pytest.approx(raised)
+
+
+def test_align_begins_at_the_cap_on_a_mean_above_zero_and_not_below():
+    weak = [0.06, -0.05, 0.07, -0.04, 0.01]  # 0.4 standard errors above 0
+    up, down = Align(fresh=True), Align(fresh=True)
+    for value in weak:
+        assert up.observe(value, headroom=5.0) == 0
+        down.observe(-value, headroom=5.0)
+    assert up.value == pytest.approx(5.0)
+    assert down.value == 1.0
 
 
 def test_align_finds_agreement_that_is_mostly_noise():
@@ -518,7 +542,8 @@ def test_every_state_survives_json_in_mid_run():
                 multiplier.structure_changed(0.3, window=50)
             rate = 1e-3 if step < 90 else 5e-4
             probed = 4 * (step % 4 == 0)
-            multiplier.step(Signal(loss=loss, rate=rate, probed=probed, cosine=0.1, ratio=20.0 if probed else None))
+            ratio = 20 + random.Random(-step).random() if probed else None
+            multiplier.step(Signal(loss=loss, rate=rate, probed=probed, cosine=0.1, ratio=ratio))
             values.append(multiplier.value)
         return values
 

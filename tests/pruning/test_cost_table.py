@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from statistics import fmean
 
 import pytest
 import torch
 
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
-from adaptrain.pruning.cost_table import CostTable, with_structure
+from adaptrain.pruning.cost_table import CostTable, isotonic, with_structure
 from adaptrain.pruning.families import Match, find_family
 from adaptrain.pruning.surgery import shrink
 from tests.pruning.models import MODELS
@@ -99,3 +100,15 @@ def test_a_structure_to_measure_shares_what_is_outside_the_layers() -> None:
     assert small.get_parameter("classifier.weight") is twin.model.classifier.weight
     assert cost.count_params(small) < cost.count_params(twin.model)
     assert structures.widths(structures.current(twin)) == [{"heads": 4, "ffn": 64}] * 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_in_times_is_evened_out_and_what_rises_is_kept(seed: int) -> None:
+    values = torch.randn(9, generator=torch.Generator().manual_seed(seed)).tolist()
+    # The min-max formula of isotonic regression (Barlow et al. 1972).
+    expected = [
+        min(max(fmean(values[a : b + 1]) for a in range(i + 1)) for b in range(i, len(values)))
+        for i in range(len(values))
+    ]
+    assert isotonic(values) == pytest.approx(expected)
+    assert isotonic(sorted(values)) == sorted(values)

@@ -23,7 +23,9 @@ class Align(Factor):
     the mean is above 0.1, or z > `hint` while the loss stands still (from 8 samples on: it fell by less than a standard
     error from the first half of them to the second), where little can be lost. Where the steps are less than a tenth of
     what the cap allows, it is raised to the cap at once: what is safe for a rate that was too high is for this one.
-    z < −`significance` takes back one `rise` of what was raised. Either begins a new test, which leaves out the 3 steps
+    Fresh weights begin there: in the first test a mean above 0 is enough, where steps may be 1.5 times as long or more.
+    The steps that waiting for evidence takes do not come back, and there is nothing yet that could be lost. z <
+    −`significance` takes back one `rise` of what was raised. Either begins a new test, which leaves out the 3 steps
     that the direction needs to follow. A test without an outcome ends after `patience` samples.
 
     It never goes below 1: at a good rate a short-sighted criterion like this one always asks for less ("short-horizon
@@ -37,6 +39,7 @@ class Align(Factor):
         rise: Change of ln m in one move.
         patience: Samples after which a test begins anew.
         ceiling: Largest m.
+        fresh: Whether the weights were not trained before.
     """
 
     _state = ("log", "limit", "cosines", "losses", "skip", "calm", "mean")
@@ -49,11 +52,13 @@ class Align(Factor):
         rise: float = 0.5,
         patience: int = 40,
         ceiling: float = 1000.0,
+        fresh: bool = False,
     ) -> None:
         self.significance = significance
         self.hint = hint
         self.rise = rise
         self.patience = patience
+        self.fresh = fresh
         self.log = 0.0
         self.limit = math.log(ceiling)
         self.mean: float | None = None  # of c in the last test that ended
@@ -98,7 +103,9 @@ class Align(Factor):
             return 0
         mean, z = fmean(self.cosines), _errors_above_zero(self.cosines)
         stands = count >= 8 and self._loss_stands_still()
-        if z > (self.hint if stands else self.significance):
+        if self.fresh and self.mean is None and mean > 0 and headroom > 1.5:
+            self._move(math.log(headroom), mean)
+        elif z > (self.hint if stands else self.significance):
             steep = 3 if mean > 0.1 or stands else 1
             self._move(math.log(headroom) if headroom > 10 else self.rise * steep, mean)
         elif z < -self.significance:

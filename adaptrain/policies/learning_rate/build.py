@@ -99,7 +99,7 @@ def build_multiplier(
     own = {"kappa": Cap.TRAINED} if trained else {"kappa": Cap.FRESH, "room": Cap.ROOM}
     watch = MetricPlateau(mode=metric) if metric is not None else LossPlateau(anneal=plateau is True)
     return Multiplier(
-        align=Align() if align and kind else None,
+        align=Align(fresh=not trained) if align and kind else None,
         cap=Cap(**own if isinstance(cap, bool) else {"kappa": cap}) if cap and kind else None,
         plateau=watch if plateau else None,
         batch=Batch(scaling=batch_scaling),
