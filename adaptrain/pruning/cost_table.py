@@ -249,7 +249,8 @@ def _measure(
 
 def _knots(count: int) -> list[int]:
     """The widths to measure: none, a 64th, a 32nd, ..., a half, and all, and some of those in between."""
-    return sorted({0, *(max(1, count * part // 192) for part in (3, 6, 12, 24, 36, 48, 72, 96, 192))})
+    parts = (3, 6, 12, 24, 36, 48, 72, 96, 192)
+    return sorted({0, *(min(count, max(1, count * part // 192)) for part in parts)})
 
 
 def isotonic(values: Sequence[float]) -> list[float]:

@@ -24,8 +24,9 @@ class Align(Factor):
     error from the first half of them to the second), where little can be lost. Where the steps are less than a tenth of
     what the cap allows, it is raised to the cap at once: what is safe for a rate that was too high is for this one.
     Fresh weights begin there: in the first test a mean above 0 is enough, where steps may be 1.5 times as long or more.
-    The steps that waiting for evidence takes do not come back, and there is nothing yet that could be lost. z <
-    −`significance` takes back one `rise` of what was raised. Either begins a new test, which leaves out the 3 steps
+    The steps that waiting for evidence takes do not come back, and there is nothing yet that could be lost.
+
+    z < −`significance` takes back one `rise` of what was raised. Either begins a new test, which leaves out the 3 steps
     that the direction needs to follow. A test without an outcome ends after `patience` samples.
 
     It never goes below 1: at a good rate a short-sighted criterion like this one always asks for less ("short-horizon
