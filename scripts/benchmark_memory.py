@@ -218,8 +218,7 @@ def main() -> None:
     elif args.model is not None or args.data is not None:
         parser.error("--model and --data go together: the encoder needs sentences to train on")
 
-    be_quiet()
-    torch.set_num_threads(args.threads)
+    be_quiet(args.threads)
     tasks = [task for task in tasks if args.tasks is None or task.name in args.tasks]
     rows: list[dict[str, Any]] = []
     for part in args.parts:

@@ -18,7 +18,6 @@ from adaptrain.compression import quantize
 from adaptrain.family.cascade import judge
 from adaptrain.family.samples import gather
 from adaptrain.fusion import merge
-from adaptrain.nlp.quiet import quiet_transformers
 from adaptrain.pruning import cost
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.shape import typical_shape
@@ -36,7 +35,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Runs one part, or the arm of it that has a process of its own, with one seed and returns its rows."""
     be_quiet(job.threads)
-    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+    with tempfile.TemporaryDirectory() as folder:
         rows = {
             "family": lambda: _family(job, Path(folder), recovery_steps, smallest),
             "elastic": lambda: _elastic(job, Path(folder), recovery_steps, smallest),

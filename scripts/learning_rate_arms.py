@@ -204,8 +204,7 @@ def _data(task: Task, seed: int) -> Any:
 
 def run(task: Task, method: str, rate: float | None, seed: int, fault: str | None = None) -> dict[str, Any]:
     """Trains once and returns the losses (nats; not finite: the run diverged) and accuracies at the end."""
-    be_quiet()
-    torch.set_num_threads(1)
+    be_quiet(threads=1)
     base = method.partition("+")[0]
     data = _data(task, seed)
     lr = 1e-3 if rate is None else rate

@@ -161,8 +161,7 @@ def measure(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     request = json.loads(sys.argv[1])
-    be_quiet()
-    torch.set_num_threads(request["threads"])
+    be_quiet(request["threads"])
     wanted = Task(request["model"], Path(request["train_file"]))
     found = child(request["arm"], wanted, request["room_mib"], request["steps"])
     Path(request["out"]).write_text(json.dumps(found))

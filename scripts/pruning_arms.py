@@ -21,7 +21,6 @@ import adaptrain
 from adaptrain.callbacks.base import decision_log
 from adaptrain.nlp.datamodules import TextDataModule
 from adaptrain.nlp.modules import TextClassifier
-from adaptrain.nlp.quiet import quiet_transformers
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.checks import projections
@@ -271,7 +270,7 @@ def latency_ratio(dense: Any, other: Any, inputs: Any, *, turns: int = 5) -> flo
 def run(job: Job) -> dict[str, Any]:
     """Trains one arm and says what came of it."""
     be_quiet(job.threads)
-    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+    with tempfile.TemporaryDirectory() as folder:
         return _run(job, folder)
 
 

@@ -238,7 +238,7 @@ def _measure(
         points[shape] = {}
         for kind, by_width in names[shape].items():
             above = [(times[name] - times[by_width[0]]) / len(layers) for _, name in sorted(by_width.items())]
-            rising = isotonic([0.0, *(max(0.0, ms) for ms in above[1:])])
+            rising = isotonic([max(0.0, ms) for ms in above])
             points[shape][kind] = [[width, ms] for width, ms in zip(sorted(by_width), rising, strict=True)]
     table = [points[shape] for shape in shapes]
     whole = sum(rows[-1][1] for layer in table for rows in layer.values())

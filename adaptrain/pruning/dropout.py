@@ -30,14 +30,12 @@ def scale_dropout(match: Match, *, followed: bool = False) -> None:
         match: The model, as it is now.
         followed: Only where it was done before, on the same modules.
     """
-    left, sizes = structures.current(match), structures.dimensions(match)
-    for index, layer in enumerate(match.layers):
+    for index, (layer, sizes) in enumerate(zip(match.layers, structures.dimensions(match), strict=True)):
         now = dense = 0
         for kind in KINDS:
             for part in slices(match, index, kind):
-                each = part.weight.shape[1 - part.dim] * part.size * part.fused
-                now += each * len(left[index][kind])
-                dense += each * sizes[index][kind]
+                now += part.weight.numel()
+                dense += part.weight.shape[1 - part.dim] * part.size * part.fused * sizes[kind]
         for module, name in _rates(layer):
             holder = getattr(module, "replaced", module)  # stand-ins come and go
             if followed and not hasattr(holder, _DENSE):

@@ -30,7 +30,7 @@ from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.scorers import METHODS
 from adaptrain.resources.host import process_memory_bytes
-from tests.pruning.models import MODELS, WITHOUT_HEADS
+from tests.pruning.models import MODELS, WITHOUT_HEADS, dropout_rates
 from tests.toys import (
     TextModule,
     ValidatedTextModule,
@@ -371,8 +371,7 @@ def test_units_that_stay_take_over_for_those_that_go(tmp_path) -> None:
 
 
 def rates(module: Any) -> list[float]:
-    layers = find_family(module).layers
-    return [each.p for layer in layers for each in layer.modules() if isinstance(each, nn.Dropout)]
+    return [rate for layer in find_family(module).layers for rate in dropout_rates(layer)]
 
 
 @pytest.mark.parametrize("scale", [False, True])

@@ -11,12 +11,8 @@ from adaptrain.pruning import structure as structures
 from adaptrain.pruning.dropout import scale_dropout
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.surgery import resize, shrink
-from tests.pruning.models import MODELS
+from tests.pruning.models import MODELS, dropout_rates
 from tests.toys import tiny_bert
-
-
-def rates(layer: nn.Module) -> list[float]:
-    return [module.p for module in layer.modules() if isinstance(module, nn.Dropout)]
 
 
 def matrices(layer: nn.Module) -> int:
@@ -34,9 +30,9 @@ def test_it_falls_with_the_root_of_a_layers_matrices_and_with_nothing_else() -> 
     dense = matrices(match.layers[0])
     cut(match, (1, 64), (4, 64), (0, 0))
     scale_dropout(match)
-    assert rates(match.layers[0]) == pytest.approx([0.2 * math.sqrt(matrices(match.layers[0]) / dense)] * 3)
-    assert rates(match.layers[1]) == [0.2] * 3
-    assert set(rates(match.layers[2])) == {0}
+    assert dropout_rates(match.layers[0]) == pytest.approx([0.2 * math.sqrt(matrices(match.layers[0]) / dense)] * 3)
+    assert dropout_rates(match.layers[1]) == [0.2] * 3
+    assert set(dropout_rates(match.layers[2])) == {0}
     assert model.dropout.p == model.bert.embeddings.dropout.p == 0.2
 
 
@@ -48,15 +44,15 @@ def test_it_follows_from_event_to_event_and_back() -> None:
         scale_dropout(find_family(in_turns))  # nothing more comes of it
     cut(find_family(at_once), (1, 8), (0, 8))
     scale_dropout(find_family(at_once))
-    assert rates(in_turns) == rates(at_once)
+    assert dropout_rates(in_turns) == dropout_rates(at_once)
     again = copy.deepcopy(in_turns)
     resize(find_family(again), structures.dense(find_family(again)))
     scale_dropout(find_family(again), followed=True)
-    assert set(rates(again)) == {0.1}
+    assert set(dropout_rates(again)) == {0.1}
     untouched = tiny_bert(dropout=0.1)
     cut(find_family(untouched), (1, 8), (0, 8))
     scale_dropout(find_family(untouched), followed=True)
-    assert set(rates(untouched)) == {0.1}
+    assert set(dropout_rates(untouched)) == {0.1}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -74,7 +70,7 @@ def test_every_family_has_its_dropout_found(name: str) -> None:
     shrink(match, keep)
     scale_dropout(match)
     for layer in match.layers:
-        found = rates(layer) + [m.attention_dropout for m in layer.modules() if hasattr(m, "attention_dropout")]
+        found = dropout_rates(layer) + [m.attention_dropout for m in layer.modules() if hasattr(m, "attention_dropout")]
         assert found
         assert 0 < found[0] < 0.5
         assert set(found) == {found[0]}
