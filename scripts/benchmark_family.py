@@ -6,7 +6,8 @@ Parts, each with each seed in a process of its own, appended to the JSON file wh
               of the family's wall time; a cascade at half the cost; members in lower precision
     elastic   another such run, and networks of these sizes inside of one (ElasticTraining), in the same wall time
     soup      three fine-tunings from one initialisation, and their greedy and uniform soup
-    freezing  one fine-tuning plain, and with LayerFreezing by signal and by schedule
+    freezing  one fine-tuning plain, with LayerFreezing by signal, and with the embeddings and a sixth of the layers
+              frozen from the start
     aware     one fine-tuning rounded to 8 and to 4 bits after it, and with its last fifth quantization-aware
     adapters  one fine-tuning of all weights, and of adapters within 2% of them by LowRankAdapters, with equal ranks
               and by gradient, at ten times the rate; each in a process of its own, for its memory

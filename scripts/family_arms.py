@@ -235,7 +235,7 @@ def _freezing(job: Job, folder: str) -> list[dict[str, Any]]:
     arms: dict[str, list[Any]] = {
         "dense": [],
         "freezing by signal": [adaptrain.LayerFreezing()],
-        "freezing by schedule": [adaptrain.LayerFreezing(by="schedule", end=0.5)],
+        "freezing the first layer": [adaptrain.LayerFreezing(by="schedule", most=0.17, begin=0.0, end=0.1)],
     }
     for name, callbacks in arms.items():
         data, module = prepare(job)

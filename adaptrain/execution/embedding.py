@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from adaptrain._lightning.structure import is_compiled
+
 _LARGE = 2**20  # elements: below, a dense gradient costs next to nothing
 
 
@@ -29,7 +31,7 @@ class SparseAccumulation:
 
     def __init__(self, module: nn.Module) -> None:
         uses = Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
-        compiled = any(hasattr(p, "_orig_mod") or p._compiled_call_impl is not None for p in module.modules())
+        compiled = is_compiled(module)
         self._embeddings = [
             part
             for part in module.modules()
