@@ -197,6 +197,7 @@ class LearningRateController(AdaptiveCallback):
         return Signal(
             loss=loss if self._window else None,
             rate=max(float(group["lr"]) for group in optimizer.param_groups),
+            base=max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups),
             gradients_finite=finite == 1,
             probed=probed,
             cosine=cosine,

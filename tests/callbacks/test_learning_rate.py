@@ -192,6 +192,29 @@ def test_a_rate_too_low_is_raised_and_learns_more(tmp_path):
     assert len(decision_log(trainer)) < 40
 
 
+class WarmedUp(TextModule):
+    def __init__(self, steps: int) -> None:
+        super().__init__(tiny_bert(layers=1), lr=1e-6)
+        self.steps = steps
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.mark.parametrize(("before", "steps", "raised"), [(False, 20, True), (False, 200, False), (True, 20, False)])
+def test_fresh_weights_do_not_wait_for_the_end_of_a_warm_up_that_is_under_way(tmp_path, before, steps, raised):
+    module = WarmedUp(steps)
+    if before:
+        module.lr = 1e-3
+        quiet_trainer(tmp_path / "before", max_epochs=1).fit(module, text_loader(text_samples(24)))
+        module.lr = 1e-6
+    controller = LearningRateController()
+    train(tmp_path, module, controller, batches=15)
+    assert (controller.factors["align"] > 1) == raised
+
+
 @pytest.mark.parametrize("namespace", [pytorch_lightning, lightning.pytorch])
 def test_the_seam_tells_the_loss_of_a_step_before_the_step(tmp_path, namespace):
     told: list[float] = []

@@ -474,6 +474,19 @@ def test_align_does_not_work_against_a_schedule_that_is_low_on_purpose(rates, ra
     assert multiplier.is_searching == raised
 
 
+@pytest.mark.parametrize(("fresh", "base", "first"), [(True, 4e-4, 9), (True, None, 5), (False, 4e-4, None)])
+def test_fresh_weights_begin_at_the_cap_once_an_eighth_of_the_warm_up_is_over(fresh, base, first):
+    multiplier = Multiplier(align=Align(fresh=fresh), cap=Cap(kappa=0.1))
+    raised = []
+    for step in range(1, 41):
+        cosine = 0.05 + 0.01 * (-1) ** step
+        multiplier.step(Signal(loss=1.0, rate=1e-5 * step, base=base, probed=1, cosine=cosine, ratio=1.0))
+        raised += [step] * (multiplier.factors["align"] > 1)
+    assert (raised or [None])[0] == first
+    if first is not None:
+        assert multiplier.value * 4e-4 == pytest.approx(0.1)  # the cap, which warm-up runs into
+
+
 def test_a_binding_cap_takes_back_the_raise_down_to_four_times_what_it_allows():
     multiplier = Multiplier(align=Align(), cap=Cap(kappa=0.015))
     for _ in range(60):

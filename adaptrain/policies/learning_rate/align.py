@@ -24,7 +24,8 @@ class Align(Factor):
     error from the first half of them to the second), where little can be lost. Where the steps are less than a tenth of
     what the cap allows, it is raised to the cap at once: what is safe for a rate that was too high is for this one.
     Fresh weights begin there: in the first test a mean above 0 is enough, where steps may be 1.5 times as long or more.
-    The steps that waiting for evidence takes do not come back, and there is nothing yet that could be lost.
+    The steps that waiting for evidence takes do not come back, and there is nothing yet that could be lost. For the same
+    reason that first test does not wait for the end of a warm-up, but for its first eighth (see `Multiplier`).
 
     z < −`significance` takes back one `rise` of what was raised. Either begins a new test, which leaves out the 3 steps
     that the direction needs to follow. A test without an outcome ends after `patience` samples.
@@ -78,6 +79,11 @@ class Align(Factor):
         return math.exp(self.log)
 
     @property
+    def is_new(self) -> bool:
+        """Whether the weights are fresh, and no test of them has ended yet."""
+        return self.fresh and self.mean is None
+
+    @property
     def cosine(self) -> float | None:
         """The mean of c in the present test, or in the last one while the present one is young; None: not known."""
         return fmean(self.cosines) if len(self.cosines) >= 8 else self.mean
@@ -104,7 +110,7 @@ class Align(Factor):
             return 0
         mean, z = fmean(self.cosines), _errors_above_zero(self.cosines)
         stands = count >= 8 and self._loss_stands_still()
-        if self.fresh and self.mean is None and mean > 0 and headroom > 1.5:
+        if self.is_new and mean > 0 and headroom > 1.5:
             self._move(math.log(headroom), mean)
         elif z > (self.hint if stands else self.significance):
             steep = 3 if mean > 0.1 or stands else 1

@@ -14,7 +14,7 @@ from adaptrain.policies.learning_rate.guard import Guard, Verdict
 from adaptrain.policies.learning_rate.plateau import LossPlateau, MetricPlateau
 from adaptrain.policies.learning_rate.recover import Recover
 
-_OWN = ("capped", "peak", "rate", "rising")
+_OWN = ("capped", "peak", "rate", "is_low_on_purpose")
 NAMES = ("align", "cap", "plateau", "batch", "recover", "guard")
 
 
@@ -25,6 +25,7 @@ class Signal:
     Args:
         loss: The mean training loss over the step's samples; None where the step had none.
         rate: The scheduler's learning rate, the highest of the parameter groups.
+        base: The rate that the scheduler began from (torch's `initial_lr`), which most warm up to; None: not known.
         gradients_finite: Whether every gradient is finite.
         probed: How many steps the two probes below stand for; 0 where they were not measured.
         cosine: cos(g, u), the agreement of the gradient with the optimizer's direction; None: not known.
@@ -33,6 +34,7 @@ class Signal:
 
     loss: float | None
     rate: float
+    base: float | None = None
     gradients_finite: bool = True
     probed: int = 0
     cosine: float | None = None
@@ -68,7 +70,7 @@ class Multiplier:
         self.capped = 1.0
         self.peak = 0.0  # the scheduler's highest rate so far
         self.rate = 0.0  # the scheduler's rate at the last step
-        self.rising = False  # whether it was higher than at the step before
+        self.is_low_on_purpose = False  # the schedule is warming up or annealing, and align has to wait
 
     @property
     def factors(self) -> dict[str, float]:
@@ -97,11 +99,6 @@ class Multiplier:
         """Whether the rate may soon be raised, so that every step's probe counts."""
         return self.align is not None and not self.align.calm and not self.is_low_on_purpose
 
-    @property
-    def is_low_on_purpose(self) -> bool:
-        """Whether the schedule is still warming up, or annealing."""
-        return self.rising or self.rate < 0.5 * self.peak
-
     def step(self, signal: Signal) -> Verdict:
         """Takes in what a step shows before it is taken, and moves the factors.
 
@@ -109,14 +106,19 @@ class Multiplier:
             The guard's verdict: `"accept"`, or why the step must not reach the weights.
         """
         verdict: Verdict = "accept"
-        self.rising = signal.rate > self.rate * (1 + 1e-9) and self.rate > 0
+        rising = signal.rate > self.rate * (1 + 1e-9) and self.rate > 0
         self.rate = signal.rate
         self.peak = max(self.peak, signal.rate)
+        self.is_low_on_purpose = self._waits_for_warmup(signal.base) if rising else self.rate < 0.5 * self.peak
         if self.guard is not None and signal.loss is not None:
             verdict = self.guard.observe(signal.loss, gradients_finite=signal.gradients_finite)
         if verdict == "accept":
             self._move(signal)
         return verdict
+
+    def _waits_for_warmup(self, base: float | None) -> bool:
+        """Fresh weights do not wait for all of it: the first eighth has kept them from what warm-up is for."""
+        return self.align is None or not self.align.is_new or self.rate < 0.125 * (base or 0.0)
 
     def _move(self, signal: Signal) -> None:
         if self.align is not None and signal.cosine is not None and math.isfinite(signal.cosine):
