@@ -24,7 +24,7 @@ class Align(Factor):
     error from the first half of them to the second), where little can be lost. Where the steps are less than a tenth of
     what the cap allows, it is raised to the cap at once: what is safe for a rate that was too high is for this one.
     Fresh weights begin there: in the first test a mean above 0 is enough, where steps may be 1.5 times as long or more.
-    The steps that waiting for evidence takes do not come back, and there is nothing yet that could be lost. For the same
+    The steps that waiting for evidence takes do not come back, and there is nothing yet to be lost. For the same
     reason that first test does not wait for the end of a warm-up, but for its first eighth (see `Multiplier`).
 
     z < −`significance` takes back one `rise` of what was raised. Either begins a new test, which leaves out the 3 steps
@@ -44,7 +44,7 @@ class Align(Factor):
         fresh: Whether the weights were not trained before.
     """
 
-    _state = ("log", "limit", "cosines", "losses", "skip", "calm", "mean")
+    _state = ("log", "limit", "fresh", "cosines", "losses", "skip", "calm", "mean")
 
     def __init__(
         self,
