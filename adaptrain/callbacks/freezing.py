@@ -29,8 +29,9 @@ class LayerFreezing(AdaptiveCallback):
     optimizer keeps its state for layers that thaw. Frozen weights take no weight decay.
 
     Nothing is frozen while `ProgressivePruning` has events to come, since it reads the gradients of all layers, and a
-    change of structure thaws what is frozen. In `DistributedDataParallel` the wrapper is built anew at each change, on
-    all ranks alike.
+    change of structure thaws what is frozen. What a pretrained model has in its embeddings and first layer often serves
+    as it is, and may be frozen from the start: `by="schedule", begin=0` with `most` for one layer. In
+    `DistributedDataParallel` the wrapper is built anew at each change, on all ranks alike.
 
     Args:
         by: `"signal"`: layers whose gradients change least (AutoFreeze); `"schedule"`: evenly from `begin` to `end`
