@@ -8,7 +8,7 @@ method, with the latency it aims at as a fraction of the dense model's behind an
     ours+distillation   the same, taught by the dense model from the first event on
     ours+tokens         the same, with BatchSizeController(split_by="tokens")
     ours+OPTION         an ablation: layers, early, late, linear, oneshot, magnitude, activation, movement, random,
-                        rate, reconstruct, dropout
+                        rate, reconstruct
     tp-taylor           Torch-Pruning once after the first epoch, heads and FFN, by gradients; new optimizer afterwards
     tp-magnitude        the same by weights
     lightning           Lightning's ModelPruning: 1 - target of the encoder's weights to zero after the first epoch

@@ -366,7 +366,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "movement": {"importance": "movement"},
     "random": {"importance": "random"},
     "reconstruct": {"reconstruct": True},
-    "dropout": {"scale_dropout": True},
 }
 COMPANIONS: dict[str, Callable[[], Any]] = {
     "distillation": adaptrain.Distillation,

@@ -21,7 +21,6 @@ from adaptrain.pruning import cost, families
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
 from adaptrain.pruning.cost_table import CostTable
-from adaptrain.pruning.dropout import scale_dropout
 from adaptrain.pruning.families import find_family, register_family
 from adaptrain.pruning.reconstruction import Reconstruction
 from adaptrain.pruning.standins import SlicedMultiheadAttention
@@ -114,17 +113,6 @@ def test_neurons_are_reconstructed_and_heads_that_no_module_projects_are_not(mod
     substitutes = found.solve(structure(match))
     found.stop()
     assert set(substitutes) == {(1, "ffn"), (2, "ffn")}
-
-
-def test_dropout_of_attention_that_another_module_stands_in_for(model) -> None:
-    match = find_family(model)
-    dense = match.layers[0].self_attn.dropout
-    for heads, share in ((3, 11 / 12), (1, 9 / 12), (1, 9 / 12)):  # the feed-forward part is two thirds of a layer
-        shrink(match, [{"heads": list(range(heads)), "ffn": list(range(256))}] * 3)
-        scale_dropout(match)
-        for layer in match.layers:
-            assert isinstance(layer.self_attn, SlicedMultiheadAttention)
-            assert layer.self_attn.dropout == layer.dropout1.p == pytest.approx(dense * share**0.5)
 
 
 def test_its_costs_are_those_of_the_real_model(model) -> None:

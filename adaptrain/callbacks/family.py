@@ -22,7 +22,6 @@ from adaptrain.family.store import FOLDER, TOKENIZER, FamilyStore
 from adaptrain.policies.learning_rate.build import metric_mode
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost import count_params
-from adaptrain.pruning.dropout import scale_dropout
 from adaptrain.pruning.elastic import cut_out
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import Match
@@ -297,6 +296,5 @@ class FamilyCheckpoint(AdaptiveCallback):
 def _reshape(match: Match, pl_module: Any, structure: structures.Structure, weights: Mapping[str, Any]) -> None:
     if structures.current(match) != structure:
         resize(match, structures.copy_of(structure))
-        scale_dropout(match, followed=True)
         forget_compiled(pl_module)
     match.model.load_state_dict(weights)

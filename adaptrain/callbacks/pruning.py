@@ -22,7 +22,6 @@ from adaptrain.execution.oom import release_memory
 from adaptrain.policies.sparsity import read_schedule
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.checkpoint import CHECKPOINT_KEY, replay
-from adaptrain.pruning.dropout import scale_dropout
 from adaptrain.pruning.events import describe_event
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import KINDS, Match
@@ -77,8 +76,6 @@ class ProgressivePruning(AdaptiveCallback):
             of inputs by inputs for each output projection, in these steps only. A model that runs through
             torch.compile is cut without, and so are heads of `nn.MultiheadAttention`. Right after the cut the model is
             nearer to what it was; that it ends better is not shown.
-        scale_dropout: Lower the dropout inside of each layer as it gets smaller (see
-            `adaptrain.pruning.dropout.scale_dropout`). That it helps is not shown.
         latency_input: The (batch, sequence) to measure and count at. None: the loader's batch size and the median of
             the padded lengths of a few batches.
         dry_run: Record what would be cut, by the scores there are, and cut nothing.
@@ -99,7 +96,6 @@ class ProgressivePruning(AdaptiveCallback):
         round_to: str | int | Mapping[str, int] = "auto",
         uniform: bool = False,
         reconstruct: bool = False,
-        scale_dropout: bool = False,
         latency_input: Sequence[int] | None = None,
         dry_run: bool = False,
         name: str | None = None,
@@ -111,15 +107,13 @@ class ProgressivePruning(AdaptiveCallback):
         self.importance: ScoreBy = importance
         self.schedule = read_schedule(schedule)
         self.round_to = _read_round_to(round_to)
-        switches = {"uniform": uniform, "reconstruct": reconstruct, "scale_dropout": scale_dropout}
-        for switch, value in switches.items():
+        for switch, value in {"uniform": uniform, "reconstruct": reconstruct}.items():
             if not isinstance(value, bool):
                 raise ConfigurationError(f"{switch} must be true or false, got {value!r}.")
         if uniform and "layers" in self.groups:
             raise ConfigurationError("uniform=True does not go with 'layers' in groups. Leave one of the two out.")
         self.uniform = uniform
         self.reconstruct = reconstruct
-        self.scale_dropout = scale_dropout
         self.latency_input = None if latency_input is None else read_shape(latency_input)
         self._kinds = tuple(kind for kind in self.groups if kind in KINDS)  # of units, which are scored
         self._reset()
@@ -195,8 +189,6 @@ class ProgressivePruning(AdaptiveCallback):
             self.on_exit(self._stop_scoring)
             if self._reconstruction is not None and self._reconstruction.seen:  # before the run was interrupted
                 self._reconstruction.start()
-        if self.scale_dropout:
-            scale_dropout(self._match)  # of a resumed run, whose layers were dense when they were built
         if callable(self.importance):
             self._scorer.scores()  # what is wrong with them is to show now
         self._pruner = Pruner(self._match, self.groups, self.target, self.round_to, uniform=self.uniform)
@@ -338,8 +330,6 @@ class ProgressivePruning(AdaptiveCallback):
             with unwrapped(trainer):
                 take_over(match, substitutes)
                 shrink(match, wanted, trainer.optimizers)
-                if self.scale_dropout:
-                    scale_dropout(match)
                 for copied in map(find_family, averaged_copies(trainer, pl_module)):
                     take_over(copied, substitutes)
                     shrink(copied, wanted)

@@ -18,7 +18,6 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from adaptrain import ConfigurationError, Distillation, FamilyCheckpoint, ModelFamily
 from adaptrain.callbacks import family_recovery
 from adaptrain.callbacks.base import decision_log
-from adaptrain.pruning.families import find_family
 from tests.contract.runs import loader
 from tests.family.conftest import RankedModule, fit_family, pruning
 from tests.toys import (
@@ -194,20 +193,6 @@ def test_members_are_taught_by_the_best_and_keep_what_is_better(run, tmp_path):
         assert after[name].metric == pytest.approx(decision.new)
         assert after[name].widths == before[name].widths
     assert any("were kept" in decision.reason for decision in recovered)
-
-
-def test_members_recover_with_the_dropout_of_their_size(tmp_path, monkeypatch):
-    rates: list[float] = []
-
-    def look(trainer: Any, pl_module: Any, *_: Any) -> None:
-        rates.append(find_family(pl_module).layers[0].output.dropout.p)
-
-    monkeypatch.setattr(family_recovery, "_train", look)
-    module = Fewer(tiny_bert(layers=1, dropout=0.2))
-    fit_family(tmp_path, [FamilyCheckpoint(recovery_steps=1), pruning(scale_dropout=True)], module=module)
-    assert rates[0] == 0.2  # the dense one
-    assert rates == sorted(rates, reverse=True)
-    assert find_family(module).layers[0].output.dropout.p < rates[-1]  # the final one, which is the best
 
 
 def test_recovery_does_not_move_the_place_in_the_data(tmp_path):

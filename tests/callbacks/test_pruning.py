@@ -30,7 +30,7 @@ from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.scorers import METHODS
 from adaptrain.resources.host import process_memory_bytes
-from tests.pruning.models import MODELS, WITHOUT_HEADS, dropout_rates
+from tests.pruning.models import MODELS, WITHOUT_HEADS
 from tests.toys import (
     TextModule,
     ValidatedTextModule,
@@ -368,35 +368,6 @@ def test_units_that_stay_take_over_for_those_that_go(tmp_path) -> None:
             assert 0 < readings["reconstruction_error"] < 0.7 * readings["cut_error"]
         assert not any(inner._forward_pre_hooks for inner in module.modules())
     assert errors[1] < 0.7 * errors[0]
-
-
-def rates(module: Any) -> list[float]:
-    return [rate for layer in find_family(module).layers for rate in dropout_rates(layer)]
-
-
-@pytest.mark.parametrize("scale", [False, True])
-def test_dropout_falls_with_the_layers_where_that_is_asked_for(tmp_path, scale) -> None:
-    _, module = run(tmp_path, pruning(scale_dropout=scale), TextModule(tiny_bert(dropout=0.2)))
-    assert all(rate < 0.2 for rate in rates(module)) if scale else set(rates(module)) == {0.2}
-
-
-def test_a_resumed_run_has_the_dropout_of_its_structure(tmp_path) -> None:
-    whole = TextModule(tiny_bert(dropout=0.2))
-    trainer = quiet_trainer(tmp_path, callbacks=[pruning(scale_dropout=True)], max_epochs=2)
-    trainer.fit(whole, text_loader())
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    seen: list[list[float]] = []
-
-    class Look(pl.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            seen.append(rates(pl_module))
-
-    resumed = TextModule(tiny_bert(dropout=0.2))
-    callbacks = [pruning(scale_dropout=True), Look()]
-    again = quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=3)
-    again.fit(resumed, text_loader(), ckpt_path=str(tmp_path / "end.ckpt"))
-    assert seen[0] == rates(whole)
-    assert max(seen[0]) < 0.2
 
 
 def test_a_dry_run_watches_nothing_for_a_reconstruction(tmp_path) -> None:

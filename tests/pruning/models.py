@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -141,8 +140,3 @@ def loss_of(model: Any, seed: int = 0) -> torch.Tensor:
     language = type(model).__name__.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
     labels = inputs["input_ids"] if language else torch.arange(4) % 3
     return model(**inputs, labels=labels).loss
-
-
-def dropout_rates(module: nn.Module) -> list[float]:
-    """The rates of all dropout modules inside of one, in order."""
-    return [each.p for each in module.modules() if isinstance(each, nn.Dropout)]
