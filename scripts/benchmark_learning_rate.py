@@ -320,21 +320,26 @@ def plot(tasks: list[tuple[str, bool]], results: list[dict[str, Any]], path: Pat
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(tasks), figsize=(6.2 * len(tasks), 4.6), layout="constrained", squeeze=False)
+    found_by_task = {task: scores(task, has_accuracy, results, "test") for task, has_accuracy in tasks}
+    methods = {method for found in found_by_task.values() for method in found if "ours-" not in method}
+    colors = {
+        method: f"C{index}" if index < 10 else "black"
+        for index, method in enumerate(sorted(methods, key=lambda method: ("+ours" not in method, method)))
+    }
+    lines: dict[str, Any] = {}
     for axes, (task, has_accuracy) in zip(panels[0], tasks, strict=True):
-        found = scores(task, has_accuracy, results, "test")
-        shown = [method for method in found if "ours-" not in method]
-        top = []
-        for index, method in enumerate(sorted(shown, key=lambda method: ("+ours" not in method, method))):
-            color = f"C{index}" if index < 10 else "black"
+        found = found_by_task[task]
+        for method, color in colors.items():
+            if method not in found:
+                continue
             bold = {"linewidth": 2.4} if "+ours" in method else {"linewidth": 1.1, "linestyle": "--"}
             by_rate = found[method]
             if None in by_rate:
-                axes.axhline(statistics.median(by_rate[None].values()), color=color, label=method, linestyle=":")
+                lines[method] = axes.axhline(statistics.median(by_rate[None].values()), color=color, linestyle=":")
                 continue
             rates = sorted(by_rate)
             medians = [statistics.median(by_rate[rate].values()) for rate in rates]
-            top.append(max(medians))
-            axes.plot(rates, medians, color=color, label=method, marker="o", markersize=3, **bold)
+            (lines[method],) = axes.plot(rates, medians, color=color, marker="o", markersize=3, **bold)
             if "+ours" in method:
                 low, high = zip(*((min(by_rate[r].values()), max(by_rate[r].values())) for r in rates), strict=True)
                 axes.fill_between(rates, low, high, color=color, alpha=0.12)
@@ -343,7 +348,8 @@ def plot(tasks: list[tuple[str, bool]], results: list[dict[str, Any]], path: Pat
         axes.set_ylabel("test error in %" if has_accuracy else "test loss in nats")
         axes.set_title(task.replace("_", " "))
         axes.grid(alpha=0.3)
-    panels[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    shown = [method for method in colors if method in lines]
+    figure.legend([lines[method] for method in shown], shown, fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
