@@ -197,7 +197,7 @@ class LearningRateController(AdaptiveCallback):
         return Signal(
             loss=loss if self._window else None,
             rate=max(float(group["lr"]) for group in optimizer.param_groups),
-            base=max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups),
+            base=max(_base_rate(group) for group in optimizer.param_groups),
             gradients_finite=finite == 1,
             probed=probed,
             cosine=cosine,
@@ -313,3 +313,8 @@ def _noise_scale(readings: Mapping[str, float]) -> float | None:
         return None
     noise, signal = readings["noise_trace"], readings["squared_gradient"]
     return 0.0 if noise <= 0 else noise / signal if signal > 0 else math.inf
+
+
+def _base_rate(group: Mapping[str, Any]) -> float:
+    """Returns the rate that a group's scheduler warms up to: `OneCycleLR` calls it `max_lr`, others `initial_lr`."""
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))

@@ -193,19 +193,24 @@ def test_a_rate_too_low_is_raised_and_learns_more(tmp_path):
 
 
 class WarmedUp(TextModule):
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, kind: str) -> None:
         super().__init__(tiny_bert(layers=1), lr=1e-6)
         self.steps = steps
+        self.kind = kind
 
     def configure_optimizers(self):
-        optimizer = super().configure_optimizers()
-        schedule = lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.steps))
+        optimizer: Any = super().configure_optimizers()
+        if self.kind == "one cycle":  # begins at a 25th of its peak, which `initial_lr` is of
+            schedule: Any = lr_scheduler.OneCycleLR(optimizer, 1e-6, total_steps=10 * self.steps, pct_start=0.1)
+        else:
+            schedule = lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+@pytest.mark.parametrize("kind", ["linear", "one cycle"])
 @pytest.mark.parametrize(("before", "steps", "raised"), [(False, 20, True), (False, 200, False), (True, 20, False)])
-def test_fresh_weights_do_not_wait_for_the_end_of_a_warm_up_that_is_under_way(tmp_path, before, steps, raised):
-    module = WarmedUp(steps)
+def test_fresh_weights_do_not_wait_for_the_end_of_a_warm_up_that_is_under_way(tmp_path, before, steps, raised, kind):
+    module = WarmedUp(steps, kind)
     if before:
         module.lr = 1e-3
         quiet_trainer(tmp_path / "before", max_epochs=1).fit(module, text_loader(text_samples(24)))

@@ -25,7 +25,7 @@ class Signal:
     Args:
         loss: The mean training loss over the step's samples; None where the step had none.
         rate: The scheduler's learning rate, the highest of the parameter groups.
-        base: The rate that the scheduler began from (torch's `initial_lr`), which most warm up to; None: not known.
+        base: The rate that the scheduler warms up to, where it has said so; None: not known.
         gradients_finite: Whether every gradient is finite.
         probed: How many steps the two probes below stand for; 0 where they were not measured.
         cosine: cos(g, u), the agreement of the gradient with the optimizer's direction; None: not known.
