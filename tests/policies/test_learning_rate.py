@@ -43,20 +43,24 @@ def test_align_raises_where_gradients_surely_agree_and_says_nothing_before():
     assert math.log(align.value) == pytest.approx(0.5)
 
 
-def test_align_rises_faster_where_gradients_hardly_differ():
-    align = Align(rise=0.5)
+@pytest.mark.parametrize(("fresh", "log"), [(True, 1.5), (False, 0.5)])
+def test_align_raises_fresh_weights_faster_where_gradients_hardly_differ(fresh, log):
+    align = Align(rise=0.5, fresh=fresh)
     for value in noisy(0.3, 0.01, 5):
         align.observe(value)
-    assert math.log(align.value) == pytest.approx(1.5)
+    assert math.log(align.value) == pytest.approx(log)
 
 
-def test_align_takes_a_hint_where_the_loss_stands_still_and_not_where_it_falls():
+@pytest.mark.parametrize(
+    ("fresh", "headroom", "raised"), [(True, 1.0, math.exp(1.5)), (False, 9.0, 1.0), (False, 20.0, 20.0)]
+)
+def test_align_takes_a_hint_where_the_loss_stands_still_and_little_can_be_lost(fresh, headroom, raised):
     hint = [0.06, -0.02, 0.05, -0.01, 0.06, 0.0, 0.04, -0.01]  # 1.8 standard errors above 0
-    still, better = Align(), Align()
+    still, better = Align(fresh=fresh), Align(fresh=fresh)
     for value, flat, loss in zip(hint, noisy(2.0, 0.01, 8), falling(8), strict=True):
-        assert still.observe(value, loss=flat) == 0  # raised, but not for sure
-        better.observe(value, loss=loss)
-    assert still.value > 1.0
+        assert still.observe(value, loss=flat, headroom=headroom) == 0  # raised, but not for sure
+        better.observe(value, loss=loss, headroom=headroom)
+    assert still.value == pytest.approx(raised)
     assert better.value == 1.0
 
 

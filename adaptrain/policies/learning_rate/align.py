@@ -23,9 +23,11 @@ class Align(Factor):
     the mean is above 0.1, or z > `hint` while the loss stands still (from 8 samples on: it fell by less than a standard
     error from the first half of them to the second), where little can be lost. Where the steps are less than a tenth of
     what the cap allows, it is raised to the cap at once: what is safe for a rate that was too high is for this one.
-    Fresh weights begin there: in the first test a mean above 0 is enough, where steps may be 1.5 times as long or more.
-    The steps that waiting for evidence takes do not come back, and there is nothing yet to be lost. For the same
-    reason that first test does not wait for the end of a warm-up, but for its first eighth (see `Multiplier`).
+    That is all a hint does for weights that were trained, which are only raised by `rise` else: what they know can be
+    lost, and under a new head their gradients agree and the loss stands still for a while at a good rate as well.
+    Fresh weights begin at the cap: in the first test a mean above 0 is enough, where steps may be 1.5 times as long.
+    The steps that waiting for evidence takes do not come back, and there is nothing yet to be lost. For the same reason
+    that first test does not wait for the end of a warm-up, but for its first eighth (see `Multiplier`).
 
     z < −`significance` takes back one `rise` of what was raised. Either begins a new test, which leaves out the 3 steps
     that the direction needs to follow. A test without an outcome ends after `patience` samples.
@@ -109,12 +111,13 @@ class Align(Factor):
         if count < 5:
             return 0
         mean, z = fmean(self.cosines), _errors_above_zero(self.cosines)
-        stands = count >= 8 and self._loss_stands_still()
+        far = headroom > 10
+        stands = count >= 8 and (self.fresh or far) and self._loss_stands_still()
         if self.is_new and mean > 0 and headroom > 1.5:
             self._move(math.log(headroom), mean)
         elif z > (self.hint if stands else self.significance):
-            steep = 3 if mean > 0.1 or stands else 1
-            self._move(math.log(headroom) if headroom > 10 else self.rise * steep, mean)
+            steep = 3 if self.fresh and (mean > 0.1 or stands) else 1
+            self._move(math.log(headroom) if far else self.rise * steep, mean)
         elif z < -self.significance:
             self._move(-self.rise, mean)
         elif count >= self.patience:
