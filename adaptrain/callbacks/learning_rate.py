@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -197,7 +197,7 @@ class LearningRateController(AdaptiveCallback):
         return Signal(
             loss=loss if self._window else None,
             rate=max(float(group["lr"]) for group in optimizer.param_groups),
-            base=max(_base_rate(group) for group in optimizer.param_groups),
+            base=_base_rate(optimizer.param_groups),
             gradients_finite=finite == 1,
             probed=probed,
             cosine=cosine,
@@ -315,6 +315,7 @@ def _noise_scale(readings: Mapping[str, float]) -> float | None:
     return 0.0 if noise <= 0 else noise / signal if signal > 0 else math.inf
 
 
-def _base_rate(group: Mapping[str, Any]) -> float:
-    """Returns the rate that a group's scheduler warms up to: `OneCycleLR` calls it `max_lr`, others `initial_lr`."""
-    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+def _base_rate(groups: Iterable[Mapping[str, Any]]) -> float | None:
+    """Returns the highest rate that schedulers warm up to: `OneCycleLR` calls it `max_lr`, others `initial_lr`."""
+    named = [group.get("max_lr", group.get("initial_lr")) for group in groups]
+    return max((float(rate) for rate in named if rate is not None), default=None)

@@ -163,9 +163,10 @@ def test_a_rate_far_off_is_moved_the_right_way_in_both_namespaces(tmp_path, name
 
 
 @pytest.mark.parametrize(
-    ("cap", "before", "kappa"), [(True, False, 0.13), (True, True, 0.016), (0.3, True, 0.3), (False, True, None)]
+    ("cap", "before", "kappa", "annealed"),
+    [(True, False, 0.13, 0.25), (True, True, 0.016, 1.0), (0.3, True, 0.3, 1.0), (False, True, None, None)],
 )
-def test_weights_that_were_trained_before_are_capped_at_shorter_steps(tmp_path, cap, before, kappa):
+def test_weights_that_were_trained_before_are_capped_at_shorter_steps(tmp_path, cap, before, kappa, annealed):
     module = TextModule(tiny_bert(layers=1), lr=1e-3)
     if before:
         quiet_trainer(tmp_path / "before", max_epochs=1).fit(module, text_loader(text_samples(24)))
@@ -180,6 +181,7 @@ def test_weights_that_were_trained_before_are_capped_at_shorter_steps(tmp_path, 
     for one in (controller, resumed):  # a run that is resumed goes on as it began
         assert one._multiplier is not None
         assert getattr(one._multiplier.cap, "kappa", None) == kappa
+        assert getattr(one._multiplier.cap, "annealed", None) == annealed
 
 
 def test_a_rate_too_low_is_raised_and_learns_more(tmp_path):

@@ -527,6 +527,40 @@ def test_a_binding_cap_gives_way_where_gradients_agree(cosine, rate, limit):
         assert rate * multiplier.value == pytest.approx(limit)
 
 
+@pytest.mark.parametrize("base", [1.0, None])
+@pytest.mark.parametrize(("annealed", "tail"), [(1.0, [0.05, 0.01]), (0.25, [0.1, 0.04])])
+def test_a_rate_that_is_annealed_is_annealed_under_a_binding_cap_too(base, annealed, tail):
+    multiplier = Multiplier(cap=Cap(kappa=0.1, annealed=annealed))
+    taken = []
+    for rate in [0.01, 0.1, 0.5, *[1.0] * 10, 0.5, 0.1, 0.0]:
+        multiplier.step(Signal(loss=1.0, rate=rate, base=base, probed=1, cosine=0.0, ratio=1.0))
+        taken.append(rate * multiplier.value)
+    assert taken == pytest.approx([0.01, *[0.1] * 12, *tail, 0.0])
+
+
+def test_a_spike_in_the_schedule_is_capped_and_leaves_no_trace_where_the_schedule_says_what_it_warms_up_to():
+    multiplier = Multiplier(align=Align(), cap=Cap(kappa=0.1))
+    taken = []
+    for rate in [0.2, 0.2, 2.0, 2.0, 0.2, 0.1]:
+        multiplier.step(Signal(loss=1.0, rate=rate, base=0.2, probed=1, cosine=0.0, ratio=1.0))
+        taken.append(rate * multiplier.value)
+    assert taken == pytest.approx([0.1] * 5 + [0.05])
+    assert not multiplier.is_low_on_purpose
+
+
+def test_recovering_undoes_annealing_under_a_binding_cap_but_goes_no_higher():
+    multiplier = Multiplier(cap=Cap(kappa=0.1), recover=Recover())
+    taken = []
+    for step in range(60):
+        multiplier.step(Signal(loss=1.0, rate=1.0 if step == 0 else 0.25, probed=1, cosine=0.0, ratio=1.0))
+        taken.append((1.0 if step == 0 else 0.25) * multiplier.value)
+        if step == 9:
+            multiplier.structure_changed(0.9, window=20)
+    assert taken[9] == pytest.approx(0.025)
+    assert 0.05 < max(taken[10:]) <= 0.1 + 1e-9
+    assert taken[-1] == pytest.approx(0.025)
+
+
 def test_a_cap_that_gave_way_before_a_divergence_gives_way_half_as_far_after_it():
     multiplier = Multiplier(align=Align(), cap=Cap(kappa=0.1, room=4.0), guard=Guard())
     for again in (False, True):

@@ -27,19 +27,27 @@ class Cap(Factor):
     Weights that were trained before hold what is to be kept, and take a much shorter step than fresh ones do: the usual
     rates for fine-tuning transformers, 1e-5 to 1e-4, come to κ of 0.004 to 0.03 (of 384 to 768 hidden units).
 
+    lr is the present rate, but at least `annealed` of the schedule's highest: from there on what the schedule anneals is
+    annealed from the capped rate as well. Were it the present rate alone, annealing would not show before the schedule
+    is below the cap, which is at the very end where the rate that was typed is far too high. Trained weights follow the
+    schedule all the way down (1); fresh ones, which still gain from long steps, from a quarter of its highest rate on.
+
     Args:
         kappa: The relative change in one step that is allowed at first, κ.
         room: How many times κ the limit may become.
+        annealed: The share of the schedule's highest rate below which annealing shows although the cap binds.
     """
 
     FRESH = 0.13
     TRAINED = 0.016
     ROOM = 4.0
+    ANNEALED = 0.25  # fresh weights
 
-    _state = ("ratio", "kappa", "slack", "most")
+    _state = ("ratio", "kappa", "annealed", "slack", "most")
 
-    def __init__(self, *, kappa: float = FRESH, room: float = 1.0) -> None:
+    def __init__(self, *, kappa: float = FRESH, room: float = 1.0, annealed: float = 1.0) -> None:
         self.kappa = kappa
+        self.annealed = annealed
         self.ratio: float | None = None
         self.slack = 0.0  # logarithm of how many times κ the limit is
         self.most = math.log(room)

@@ -68,7 +68,7 @@ class Multiplier:
         self.guard = guard
         self.bound = bound
         self.capped = 1.0
-        self.peak = 0.0  # the scheduler's highest rate so far
+        self.peak = 0.0  # the scheduler's highest rate so far, without spikes above what it warms up to
         self.rate = 0.0  # the scheduler's rate at the last step
         self.is_low_on_purpose = False  # the schedule is warming up or annealing, and align has to wait
 
@@ -88,11 +88,15 @@ class Multiplier:
     @property
     def value(self) -> float:
         """The multiplier of the present step."""
-        return self._uncapped() * self.capped
+        return self._scale() * _product(self.recover) * self.capped
 
-    def _uncapped(self) -> float:
+    def _scale(self) -> float:
         bounded = _product(self.align, self.plateau, self.guard)
-        return min(self.bound, max(1 / self.bound, bounded)) * _product(self.batch, self.recover)
+        return min(self.bound, max(1 / self.bound, bounded)) * _product(self.batch)
+
+    def _limited_by(self, cap: Cap) -> float:
+        """Returns the rate that the cap is for; recovering, which undoes annealing for a while, never goes above it."""
+        return max(cap.annealed * self.peak, self.rate * _product(self.recover)) * self._scale()
 
     @property
     def is_searching(self) -> bool:
@@ -108,7 +112,7 @@ class Multiplier:
         verdict: Verdict = "accept"
         rising = signal.rate > self.rate * (1 + 1e-9) and self.rate > 0
         self.rate = signal.rate
-        self.peak = max(self.peak, signal.rate)
+        self.peak = max(signal.rate, self.peak if signal.base is None else min(self.peak, signal.base))
         self.is_low_on_purpose = self._waits_for_warmup(signal.base) if rising else self.rate < 0.5 * self.peak
         if self.guard is not None and signal.loss is not None:
             verdict = self.guard.observe(signal.loss, gradients_finite=signal.gradients_finite)
@@ -125,7 +129,7 @@ class Multiplier:
             if self.is_low_on_purpose:
                 self.align.restart()
             else:
-                headroom = 1.0 if self.cap is None else self.cap.headroom(signal.rate * self._uncapped())
+                headroom = 1.0 if self.cap is None else self.cap.headroom(self._limited_by(self.cap))
                 evidence = self.align.observe(signal.cosine, loss=signal.loss, steps=signal.probed, headroom=headroom)
                 if self.cap is not None and (evidence < 0 or self.capped < 1):
                     self.cap.adjust(evidence)
@@ -138,10 +142,10 @@ class Multiplier:
         if self.cap is not None:
             if signal.probed and (signal.ratio is None or math.isfinite(signal.ratio)):
                 self.cap.observe(signal.ratio)
-            self.capped = self.cap.value(signal.rate * self._uncapped())
+            self.capped = self.cap.value(self._limited_by(self.cap))
             if self.align is not None and self.capped < 0.25:
                 self.align.yield_to(4 * self.capped)
-                self.capped = self.cap.value(signal.rate * self._uncapped())
+                self.capped = self.cap.value(self._limited_by(self.cap))
 
     def structure_changed(self, removed: float, *, window: int) -> None:
         """Takes in that the model lost the share `removed` of its parameters; `window` steps are for recovering."""
