@@ -27,7 +27,7 @@ class Cap(Factor):
     Weights that were trained before hold what is to be kept, and take a much shorter step than fresh ones do: the usual
     rates for fine-tuning transformers, 1e-5 to 1e-4, come to κ of 0.004 to 0.03 (of 384 to 768 hidden units).
 
-    lr is the present rate, but at least `annealed` of the schedule's highest: from there on what the schedule anneals is
+    lr is the present rate, but at least `annealed` of the schedule's highest: below that, what the schedule anneals is
     annealed from the capped rate as well. Were it the present rate alone, annealing would not show before the schedule
     is below the cap, which is at the very end where the rate that was typed is far too high. Trained weights follow the
     schedule all the way down (1); fresh ones, which still gain from long steps, from a quarter of its highest rate on.
