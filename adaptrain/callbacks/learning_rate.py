@@ -40,7 +40,7 @@ class LearningRateController(AdaptiveCallback):
     Args:
         align: Raise a rate that is too low.
         cap: Limit a step that is too long: one that changes a typical weight matrix by more than 13% of its singular
-            values' root mean square, and up to four times that while gradients agree for sure; or by 1.6% where the
+            values' root mean square, and up to four times that while gradients agree for sure; or by 0.8% where the
             weights were trained before, as told by biases and norms that are not all alike. A number is a limit of
             your own, such as 0.13 to go on with pretraining, and never gives way.
         plateau: Halve where the loss stands still. `"auto"`: while the scheduler's rate stands still too; True: always;

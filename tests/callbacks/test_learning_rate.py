@@ -164,7 +164,7 @@ def test_a_rate_far_off_is_moved_the_right_way_in_both_namespaces(tmp_path, name
 
 @pytest.mark.parametrize(
     ("cap", "before", "kappa", "annealed"),
-    [(True, False, 0.13, 0.25), (True, True, 0.016, 1.0), (0.3, True, 0.3, 1.0), (False, True, None, None)],
+    [(True, False, 0.13, 0.25), (True, True, 0.008, 1.0), (0.3, True, 0.3, 1.0), (False, True, None, None)],
 )
 def test_weights_that_were_trained_before_are_capped_at_shorter_steps(tmp_path, cap, before, kappa, annealed):
     module = TextModule(tiny_bert(layers=1), lr=1e-3)
