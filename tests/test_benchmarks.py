@@ -126,6 +126,7 @@ def test_the_pruning_benchmark_refuses_arms_and_options_it_does_not_know(monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # two commands, which have time limits of their own
 def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, small_encoder) -> None:
     model, data = small_encoder
     out, picture = tmp_path / "family.json", tmp_path / "family.png"
