@@ -146,7 +146,7 @@ def counts_gradients_kept_between_batches(tmp_path: Path) -> None:
     keep_no_free_heap()
     added_mib(1)  # the first training in a process also takes what libraries keep
     two, one = added_mib(2), added_mib(1)
-    assert 28 < two - one < 36, (two, one)
+    assert 24 < two - one < 40, (two, one)  # 32, where the kernel reclaims no page meanwhile
 
 
 @pytest.mark.parametrize(
