@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -145,8 +146,9 @@ def counts_gradients_kept_between_batches(tmp_path: Path) -> None:
 
     keep_no_free_heap()
     added_mib(1)  # the first training in a process also takes what libraries keep
-    two, one = added_mib(2), added_mib(1)
-    assert 24 < two - one < 40, (two, one)  # 32, where the kernel reclaims no page meanwhile
+    # The kernel may reclaim some MiB meanwhile, so that one pair of readings is not enough.
+    kept = [added_mib(2) - added_mib(1) for _ in range(3)]
+    assert 28 < statistics.median(kept) < 36, kept
 
 
 @pytest.mark.parametrize(
