@@ -96,15 +96,12 @@ def build_multiplier(
         return Multiplier(guard=judge)
     if batch_scaling == "auto":
         batch_scaling = "sqrt" if kind == "adam" else "adascale"
-    own: dict[str, Any] = {"annealed": 1.0 if trained else Cap.ANNEALED}
-    if isinstance(cap, bool):
-        own |= {"kappa": Cap.TRAINED} if trained else {"kappa": Cap.FRESH, "room": Cap.ROOM}
-    else:
-        own["kappa"] = cap
+    usual = {"kappa": Cap.TRAINED} if trained else {"kappa": Cap.FRESH, "room": Cap.ROOM}
+    limit = usual if isinstance(cap, bool) else {"kappa": cap}
     watch = MetricPlateau(mode=metric) if metric is not None else LossPlateau(anneal=plateau is True)
     return Multiplier(
         align=Align(fresh=not trained) if align and kind else None,
-        cap=Cap(**own) if cap and kind else None,
+        cap=Cap(**limit, annealed=1.0 if trained else Cap.ANNEALED) if cap and kind else None,
         plateau=watch if plateau else None,
         batch=Batch(scaling=batch_scaling),
         recover=Recover() if recover else None,
