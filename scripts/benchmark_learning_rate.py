@@ -2,9 +2,10 @@
 
 Every method trains each task at seven rates over 3.5 decades, with the same steps, paired by seed:
 
-    constant, cosine, wsd, linear    the bare schedule, AdamW
+    constant, cosine, wsd, linear    the bare schedule, AdamW (--optimizer sgd: with a momentum of 0.9)
     SCHEDULE+ours                    with LearningRateController
-    SCHEDULE+ours-FACTOR             without one of its factors: align, cap, plateau, guard (-only-FACTOR: no other)
+    SCHEDULE+ours-FACTOR             without one of its factors: align, cap, plateau, batch, recover, guard
+                                     (-only-FACTOR: no other)
     plateau                          torch's ReduceLROnPlateau on the validation loss, 20 validations
     greedy                           Hugging Face's GreedyLR on the training loss
     finder                           Lightning's learning-rate finder, its 100 steps free of charge, then cosine
@@ -12,9 +13,10 @@ Every method trains each task at seven rates over 3.5 decades, with the same ste
     prodigy                          Prodigy with a cosine, as it recommends
 
 Parts: `rates` (the above), `faults` (a batch that is not a number, ten times the rate for 20 steps, four times the
-batch, half of the FLOPs pruned, each at half of the run, at the schedule's best rate), `overhead` (seconds of a
-step with and without the controller, in turns). A diverged run counts as the untrained model. Rates are chosen on
-validation data, results are of the test data. Each run is appended to the JSON file, and left out when run again.
+batch, half of the FLOPs pruned, each at half of the run, for cosine at its best rate, and for those of the methods
+that are cosine with a controller), `overhead` (seconds of a step with and without the controller, in turns). A
+diverged run counts as the untrained model. Rates are chosen on validation data, results are of the test data. Each run
+is appended to the JSON file, and left out when run again.
 
     pip install 'adaptrain[bench]'
     python scripts/benchmark_learning_rate.py                                    # the small tasks
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="folder of a pretrained encoder, for --tasks encoder")
     parser.add_argument("--data", help="folder with train.tsv, dev.tsv and test.tsv, for --tasks encoder")
     parser.add_argument("--precision", default="32-true", help="of training, as Lightning names it (%(default)s)")
+    parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each (cores)")
     parser.add_argument("--json", type=Path, default=Path("benchmark_learning_rate.json"), help="(%(default)s)")
     parser.add_argument("--plot", type=Path, default=Path("benchmark_learning_rate.png"), help="(%(default)s)")
@@ -70,22 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--tasks encoder needs --model and --data")
 
     os.environ["OMP_NUM_THREADS"] = "1"  # heard by the processes started below
-    from learning_rate_arms import controller, make_task
+    from learning_rate_arms import ADAM_ALONE, controller, make_task
 
-    options: dict[str, Any] = {"model": args.model, "data": args.data, "steps": args.steps, "precision": args.precision}
-    tasks = [make_task(name, **options) for name in args.tasks]
-    methods = _chosen(args.methods)
+    settings: dict[str, Any] = {name: getattr(args, name) for name in ("steps", "precision", "optimizer")}
+    tasks = [make_task(name, model=args.model, data=args.data, **settings) for name in args.tasks]
+    methods = [method for method in _chosen(args.methods) if args.optimizer == "adamw" or method not in ADAM_ALONE]
     try:
         for method in methods:
             controller(method)
     except ValueError as wrong:
         parser.error(str(wrong))
-    store = Store(args.json, {"steps": args.steps, "precision": args.precision})
+    store = Store(args.json, settings)
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         if "rates" in args.parts:
             store.fill(pool, rate_jobs(tasks, methods, args.seeds, args.rates))
         if "faults" in args.parts:
-            store.fill(pool, fault_jobs(tasks, store.results, args.seeds))
+            store.fill(pool, fault_jobs(tasks, methods, store.results, args.seeds))
     if "overhead" in args.parts:
         timed = {result["task"] for result in store.results if result["method"].startswith("overhead ")}
         for task in tasks:
@@ -161,16 +164,20 @@ def rate_jobs(
     return jobs
 
 
-def fault_jobs(tasks: list[Any], results: list[dict[str, Any]], seeds: list[int]) -> list[dict[str, Any]]:
-    """Returns the runs of part `faults`: cosine at its best rate, with and without the controller."""
+def fault_jobs(
+    tasks: list[Any], methods: list[str], results: list[dict[str, Any]], seeds: list[int]
+) -> list[dict[str, Any]]:
+    """Returns the runs of part `faults`: cosine at its best rate, and with the controllers that `methods` ask for."""
     from learning_rate_arms import FAULTS
+
+    arms = ["cosine", *(method for method in methods if method.startswith("cosine+"))]
 
     jobs: list[dict[str, Any]] = []
     for task in tasks:
         rate = best_rate(task.name, "cosine", results) or sorted(task.rates)[len(task.rates) // 2]
         for seed in seeds:
             for fault in (None, *FAULTS):
-                for method in ("cosine", "cosine+ours"):
+                for method in arms:
                     jobs.append({"task": task, "method": method, "rate": rate, "seed": seed, "fault": fault})
     return jobs
 

@@ -24,7 +24,8 @@ from adaptrain.policies.batch_size import Proposal
 from adaptrain.policies.global_batch_size import GlobalBatchSizePolicy
 
 SCHEDULES = ("constant", "cosine", "wsd", "linear")
-FACTORS = ("align", "cap", "plateau", "guard")
+FACTORS = ("align", "cap", "plateau", "batch", "recover", "guard")
+ADAM_ALONE = ("schedulefree", "prodigy")  # methods that bring an AdamW of their own
 PEERS = ("plateau", "greedy", "finder", "schedulefree", "prodigy")
 SET_THEIR_RATE = ("finder", "prodigy")  # whatever rate was typed
 FAULTS = ("nan", "spike", "batch", "prune")
@@ -45,6 +46,7 @@ class Task:
         model: The encoder's folder.
         data: The folder with the encoder's train.tsv, dev.tsv and test.tsv.
         precision: Of training, as Lightning names it.
+        optimizer: `"adamw"`, or `"sgd"`: with a momentum of 0.9 and without weight decay.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Task:
     model: str | None = None
     data: str | None = None
     precision: Any = "32-true"
+    optimizer: str = "adamw"
 
     @property
     def has_accuracy(self) -> bool:
@@ -81,12 +84,36 @@ class Task:
     def module(self, data: Any, *, lr: float, schedule: str) -> Any:
         options: dict[str, Any] = {"data": data, "lr": lr, "schedule": schedule, "warmup": WARMUP}
         if self.name == "encoder":
-            return TextClassifier(name_or_path=self.model, **options)
+            return self._optimized(TextClassifier(name_or_path=self.model, **options))
         wide = self.name in ("wide_classifier", "long_language_model")
         options |= {"hidden_size": 96 if wide else 64, "num_hidden_layers": 3 if wide else 2}
         if self.has_accuracy:
-            return TextClassifier(intermediate_size=256, **options)
-        return CausalLanguageModel(intermediate_size=192, **options)
+            return self._optimized(TextClassifier(intermediate_size=256, **options))
+        return self._optimized(CausalLanguageModel(intermediate_size=192, **options))
+
+    def _optimized(self, module: Any) -> Any:
+        """Puts SGD where the module has AdamW, under the same schedule."""
+        own = module.configure_optimizers
+
+        def configure() -> Any:
+            made = own()
+            groups = [{"params": g["params"], "lr": g["initial_lr"]} for g in made["optimizer"].param_groups]
+            return _scheduled(made, torch.optim.SGD(groups, momentum=0.9), _shape(made))
+
+        if self.optimizer == "sgd":
+            module.configure_optimizers = configure
+        return module
+
+
+def _shape(made: dict[str, Any]) -> Callable[[int], float]:
+    """Returns the schedule of what a module's `configure_optimizers` made, as a multiplier by step."""
+    return made["lr_scheduler"]["scheduler"].lr_lambdas[0]
+
+
+def _scheduled(made: dict[str, Any], optimizer: Any, shape: Callable[[int], float]) -> dict[str, Any]:
+    """Puts an optimizer at its highest rate, under the schedule `shape`, where `configure_optimizers` made another."""
+    made["lr_scheduler"]["scheduler"] = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    return made | {"optimizer": optimizer}
 
 
 _FILES = (("train", "train"), ("val", "dev"), ("test", "test"))
@@ -99,8 +126,16 @@ def decades(low: float, high: float, count: int = 7) -> tuple[float, ...]:
     return tuple(float(f"{low * ratio**index:.2g}") for index in range(count))
 
 
-def make_task(name: str, *, model: str | None, data: str | None, steps: int | None, precision: str = "32-true") -> Task:
-    """Returns a task by its name; `steps` replaces its own number."""
+def make_task(
+    name: str,
+    *,
+    model: str | None,
+    data: str | None,
+    steps: int | None,
+    precision: str = "32-true",
+    optimizer: str = "adamw",
+) -> Task:
+    """Returns a task by its name; `steps` replaces its own number, and rates for SGD its own for AdamW."""
     usual = {
         "language_model": (300, 16, decades(3e-5, 1e-1)),
         "classifier": (300, 32, decades(1e-5, 3e-2)),
@@ -109,7 +144,8 @@ def make_task(name: str, *, model: str | None, data: str | None, steps: int | No
         "wide_classifier": (400, 16, decades(1e-5, 3e-2)),
     }
     own_steps, batch_size, rates = usual[name]
-    return Task(name, steps or own_steps, batch_size, rates, model, data, precision)
+    rates = decades(1e-3, 3.0) if optimizer == "sgd" else rates
+    return Task(name, steps or own_steps, batch_size, rates, model, data, precision, optimizer)
 
 
 # Methods ---------------------------------------------------------------------------------------------------------
@@ -138,6 +174,8 @@ def controller(method: str) -> Any:
         raise ValueError(f"{method!r} is not SCHEDULE+ours, followed by -FACTOR or -only-FACTOR of {FACTORS}.")
     off = [name for name in FACTORS if (name not in named) == only] if named else []
     switches: dict[str, Any] = dict.fromkeys(off, False)
+    if switches.pop("batch", None) is not None:
+        switches["batch_scaling"] = None
     return adaptrain.LearningRateController(**switches)
 
 
@@ -353,17 +391,14 @@ class _RateSpike(pl.Callback):
 
         def configure() -> Any:
             made = own()
-            schedule = made["lr_scheduler"]["scheduler"]
-            (shape, *_) = schedule.lr_lambdas
+            shape = _shape(made)
 
             def spiked(count: int) -> float:
                 return shape(count) * (factor if step <= count < step + steps else 1.0)
 
-            optimizer = made["optimizer"]
-            for group in optimizer.param_groups:
+            for group in made["optimizer"].param_groups:
                 group["lr"] = group["initial_lr"]
-            made["lr_scheduler"]["scheduler"] = torch.optim.lr_scheduler.LambdaLR(optimizer, spiked)
-            return made
+            return _scheduled(made, made["optimizer"], spiked)
 
         module.configure_optimizers = configure
 

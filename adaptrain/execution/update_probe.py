@@ -18,7 +18,7 @@ Kind = Literal["adam", "momentum"]
 
 _OWN_RATE = ("schedulefree", "prodigy", "dadapt", "mechanic", "ldog")
 _OWN_RATE_KEYS = ({"d", "d0"}, {"train_mode", "weight_sum"})
-_SAMPLE = 1 << 20  # elements a probe looks at, about
+_SAMPLE = 1 << 18  # elements a probe looks at, about
 _WHOLE = 1 << 12  # elements of a tensor that is always looked at whole
 
 
@@ -102,8 +102,8 @@ def probe(optimizer: Optimizer, references: Sequence[float], *, turn: int = 0) -
     """Measures the update before it is taken, on the optimizer's state as the last step left it.
 
     Where there is no state yet (the first step), Adam's update is ±1 in every element and momentum's the gradient.
-    Of a model of more than a million parameters it looks at every k-th row of each matrix, about a million elements
-    together, and scales what it finds: all of them would cost as much as the optimizer's step.
+    Of a model of more than a quarter of a million parameters it looks at every k-th row of each matrix, about as many
+    elements together, and scales what it finds: all of them would cost as much as the optimizer's step.
 
     Args:
         optimizer: One of a known `update_kind`, with gradients in place (unscaled, before clipping).

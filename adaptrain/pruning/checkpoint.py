@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch.optim.swa_utils import AveragedModel
 
+from adaptrain.errors import ConfigurationError
 from adaptrain.execution import adapters
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
@@ -60,8 +61,14 @@ def load_from_checkpoint(module_class: type[Module], path: str | os.PathLike[str
         The module with the checkpoint's shapes and weights.
 
     Raises:
-        ConfigurationError: The checkpoint holds another architecture; the message says what differs.
+        ConfigurationError: `module_class` is not the class of a LightningModule, or the checkpoint holds another
+            architecture; the message says what differs.
     """
+    if not hasattr(module_class, "load_from_checkpoint") or not isinstance(module_class, type):
+        raise ConfigurationError(
+            "adaptrain.load_from_checkpoint takes the class of the LightningModule that was trained, such as"
+            f" MyModule; got {module_class!r}."
+        )
 
     class Replaying(module_class):  # type: ignore[misc, valid-type]
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

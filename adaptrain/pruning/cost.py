@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptrain.errors import ConfigurationError
 
-_MOST_ROUNDS = 3  # of timed forwards, where the first ones are not enough
+_MOST_ROUNDS = 6  # of timed forwards, where the first ones are not enough
+_PAUSE = 0.5  # seconds between them: what keeps the machine busy now may be over then
 _WARM_UP = 2  # forwards of each model before the clock starts: caches, allocator, kernel selection
 
 
@@ -68,8 +69,8 @@ def measure_latency(
             mode and without gradients. Their training mode is put back afterwards.
         inputs: The inputs they share.
         repeats: Timed forwards of each model, at least 1.
-        enough: Told the milliseconds by name after that many; where it returns False, as many more are timed, and once
-            more. None: they are always enough.
+        enough: Told the milliseconds by name after that many; where it returns False, as many more are timed half a
+            second later, up to six times as many in all. None: they are always enough.
 
     Returns:
         Milliseconds by name.
@@ -86,7 +87,8 @@ def measure_latency(
         for _ in range(_WARM_UP):
             for name in names:
                 models[name](**inputs)
-        for _ in range(_MOST_ROUNDS):
+        for done in range(_MOST_ROUNDS):
+            time.sleep(_PAUSE if done else 0.0)
             for turn in range(repeats):
                 for position in range(len(names)):
                     name = names[(turn + position) % len(names)]

@@ -20,8 +20,8 @@ from adaptrain.pruning.solver import solve
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
 
-_FITS = 0.98  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
-_AIM = 0.955  # of a latency limit: between the two others
+_FITS = 0.97  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
+_AIM = 0.95  # of a latency limit: between the two others
 _NEAR = 0.93  # of a latency limit: below it, more was cut than needed
 _ROUNDS = 6
 _STRIDE = 0.75  # the most that one measurement, which may be off, moves the aim

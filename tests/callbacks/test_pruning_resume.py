@@ -152,6 +152,13 @@ def test_weights_alone_load_too(whole, tmp_path) -> None:
     assert torch.equal(weights(module), weights(expected))
 
 
+@pytest.mark.parametrize("wrong", [torch.nn.Linear, TextModule()])
+def test_what_is_no_lightning_module_class_is_refused(whole, wrong) -> None:
+    folder, *_ = whole
+    with pytest.raises(ConfigurationError, match="takes the class of the LightningModule that was trained"):
+        load_from_checkpoint(wrong, folder / "step=18.ckpt")
+
+
 def test_a_checkpoint_saved_after_fit_loads(whole, tmp_path) -> None:
     _, trainer, expected = whole
     trainer.save_checkpoint(tmp_path / "after.ckpt")
