@@ -4,6 +4,7 @@ Parts, each with each seed in a process of its own, appended to the JSON file wh
 
     family    one progressive run with FamilyCheckpoint: its members; the same sizes each pruned alone in an equal share
               of the family's wall time; a cascade at half the cost; members in lower precision
+    cascade   such a run alone, and a cascade at half the cost
     elastic   another such run, and networks of these sizes inside of one (ElasticTraining), in the same wall time
     soup      three fine-tunings from one initialisation, and their greedy and uniform soup
     freezing  one fine-tuning plain, with LayerFreezing by signal, and with the embeddings and a sixth of the layers
@@ -30,7 +31,7 @@ from typing import Any
 
 from results import aligned, load_results, run_in_process, save_results
 
-PARTS = ("family", "elastic", "soup", "freezing", "aware", "adapters")
+PARTS = ("family", "cascade", "elastic", "soup", "freezing", "aware", "adapters")
 # Of parts whose memory is measured: a process each.
 ARMS: dict[str, tuple[str, ...]] = {"adapters": ("adapters, uniform", "adapters by gradient", "all weights")}
 COLUMNS = ("part", "arm", "runs", "dev %", "test %", "latency", "size", "wall s", "peak GiB", "trains M", "notes")

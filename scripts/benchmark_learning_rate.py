@@ -44,6 +44,7 @@ from results import aligned, end_with_parent, load_results, save_results
 
 TASKS = ("language_model", "classifier", "encoder", "long_language_model", "wide_classifier")
 PARTS = ("rates", "faults", "overhead")
+FAULTS = ("nan", "spike", "batch", "prune")
 USUAL = (
     *("constant", "cosine", "wsd", "linear", "plateau", "greedy", "finder", "schedulefree", "prodigy"),
     *("constant+ours", "cosine+ours", "wsd+ours", "linear+ours"),
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *("--tasks",), nargs="+", choices=TASKS, default=list(TASKS[:2]), help="(language_model classifier)"
     )
     parser.add_argument("--methods", nargs="+", default=list(USUAL), help="names, or patterns such as 'cosine*' (all)")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="of part faults (all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="(0 1 2 3 4)")
     parser.add_argument("--rates", nargs="+", type=float, help="in place of the tasks' own seven")
     parser.add_argument("--steps", type=int, help="optimizer steps, in place of the tasks' own numbers")
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "rates" in args.parts:
             store.fill(pool, rate_jobs(tasks, methods, args.seeds, args.rates))
         if "faults" in args.parts:
-            store.fill(pool, fault_jobs(tasks, methods, store.results, args.seeds))
+            store.fill(pool, fault_jobs(tasks, methods, args.faults, store.results, args.seeds))
     if "overhead" in args.parts:
         timed = {result["task"] for result in store.results if result["method"].startswith("overhead ")}
         for task in tasks:
@@ -165,18 +167,16 @@ def rate_jobs(
 
 
 def fault_jobs(
-    tasks: list[Any], methods: list[str], results: list[dict[str, Any]], seeds: list[int]
+    tasks: list[Any], methods: list[str], faults: list[str], results: list[dict[str, Any]], seeds: list[int]
 ) -> list[dict[str, Any]]:
     """Returns the runs of part `faults`: cosine at its best rate, and with the controllers that `methods` ask for."""
-    from learning_rate_arms import FAULTS
-
     arms = ["cosine", *(method for method in methods if method.startswith("cosine+"))]
 
     jobs: list[dict[str, Any]] = []
     for task in tasks:
         rate = best_rate(task.name, "cosine", results) or sorted(task.rates)[len(task.rates) // 2]
         for seed in seeds:
-            for fault in (None, *FAULTS):
+            for fault in (None, *faults):
                 for method in arms:
                     jobs.append({"task": task, "method": method, "rate": rate, "seed": seed, "fault": fault})
     return jobs

@@ -38,6 +38,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         rows = {
             "family": lambda: _family(job, Path(folder), recovery_steps, smallest),
+            "cascade": lambda: _cascade(job, Path(folder), recovery_steps, smallest),
             "elastic": lambda: _elastic(job, Path(folder), recovery_steps, smallest),
             "soup": lambda: _soup(job, folder),
             "freezing": lambda: _freezing(job, folder),
@@ -103,6 +104,12 @@ def _family(job: Job, folder: Path, recovery_steps: int, smallest: float) -> lis
     for number, level in enumerate(levels):
         rows.append(_alone(job, str(folder / f"alone-{number}"), level, run.wall / len(levels), run.shape))
     return rows
+
+
+def _cascade(job: Job, folder: Path, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:
+    """One run and its members, and a cascade of them."""
+    run = _progressive(job, folder, recovery_steps, smallest)
+    return run.rows() + _cascades(run.family, run.data)
 
 
 def _elastic(job: Job, folder: Path, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:

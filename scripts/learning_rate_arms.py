@@ -28,7 +28,6 @@ FACTORS = ("align", "cap", "plateau", "batch", "recover", "guard")
 ADAM_ALONE = ("schedulefree", "prodigy")  # methods that bring an AdamW of their own
 PEERS = ("plateau", "greedy", "finder", "schedulefree", "prodigy")
 SET_THEIR_RATE = ("finder", "prodigy")  # whatever rate was typed
-FAULTS = ("nan", "spike", "batch", "prune")
 WARMUP = 0.05  # share of the run, of every schedule and of schedule-free
 _FOLDER = tempfile.TemporaryDirectory()
 

@@ -1,8 +1,9 @@
-"""Confidence that means what it says: one temperature for a classifier's logits."""
+"""Confidence that means what it says: one temperature for a classifier's logits, one weight for two that answer."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,8 +16,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Returns the temperature by which logits are to be divided, so that the softmax is likeliest to give the labels.
 
-    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks" (temperature scaling). The likelihood has one
-    minimum over the temperature, which a golden-section search finds.
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks" (temperature scaling). The loss has one minimum
+    over the temperature.
 
     Args:
         logits: Of samples the model was not trained on, shape (samples, classes).
@@ -30,7 +31,28 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     def loss(exponent: float) -> float:
         return float(F.cross_entropy(logits / math.exp(exponent), labels))
 
-    low, high = -math.log(_LARGEST), math.log(_LARGEST)
+    return math.exp(_lowest(loss, -math.log(_LARGEST), math.log(_LARGEST)))
+
+
+def fit_weight(one: Tensor, other: Tensor, labels: Tensor) -> float:
+    """Returns the weight of the second in the mean of two classifiers' probabilities that is likeliest to be right.
+
+    A mean of probabilities is the linear opinion pool (Stone 1961); its likelihood has one maximum over the weight.
+
+    Args:
+        one: Probabilities of samples that neither was trained on, shape (samples, classes).
+        other: Of the same samples and shape.
+        labels: Their classes, shape (samples,).
+
+    Returns:
+        A number in [0, 1].
+    """
+    first, second = (each.double().gather(-1, labels[:, None])[:, 0] for each in (one, other))
+    return _lowest(lambda weight: -float(first.lerp(second, weight).clamp_min(1e-300).log().mean()), 0.0, 1.0)
+
+
+def _lowest(loss: Callable[[float], float], low: float, high: float) -> float:
+    """Returns where a function of one minimum has it, by golden-section search."""
     left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     at_left, at_right = loss(left), loss(right)
     for _ in range(_ROUNDS):
@@ -42,7 +64,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             low, left, at_left = left, right, at_right
             right = low + _GOLDEN * (high - low)
             at_right = loss(right)
-    return math.exp((low + high) / 2)
+    return (low + high) / 2
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> float:

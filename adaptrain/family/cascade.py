@@ -1,4 +1,4 @@
-"""A small member answers, and a larger one where the small one is unsure."""
+"""A small member answers, together with a larger one where it is unsure."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class CascadeReport:
         large: The member that is asked where the first is unsure.
         threshold: The calibrated confidence below which it is asked.
         temperatures: Of the logits of both, by member.
+        weight: Of the large member's probabilities in the mean that answers where it was asked.
         metric: The accuracy of the cascade, in [0, 1].
         metrics: Of each member alone, by name.
         escalated: The share of samples that the large member was asked.
@@ -52,6 +53,7 @@ class CascadeReport:
     large: str
     threshold: float
     temperatures: dict[str, float]
+    weight: float
     metric: float
     metrics: dict[str, float]
     escalated: float
@@ -109,6 +111,7 @@ class CascadeReport:
         lines += [
             f"  {self.small} answers, and asks {self.large} below a confidence of {self.threshold:.3f}:"
             f" {100 * self.escalated:.1f}% of samples; cost {self.cost:.2f} of {self.slowest}",
+            f"  then both answer, with a weight of {self.weight:.2f} for {self.large}",
             f"  temperature {self.temperatures[self.small]:.2f}, calibration error {error}",
             f"  judged on {self.judged_on} validation samples (accuracy ± {100 * self.standard_error:.1f} points,"
             f" standard error), chosen on {self.chosen_on} others; {self.batch_size} at once on {self.device}",
@@ -119,10 +122,12 @@ class CascadeReport:
 
 
 class Cascade:
-    """Answers with a small member, and asks a larger one where the small one's confidence is below a threshold.
+    """Answers with a small member, and asks a larger one too where the small one's confidence is below a threshold.
 
     The small member sees all texts first; those that it is unsure of are gathered and go to the large one in full
-    batches. Confidence is the largest probability at a temperature (Guo et al. 2017).
+    batches. Confidence is the largest probability at a temperature (Guo et al. 2017). Of those texts the answer is the
+    weighted mean of both members' probabilities: what the small one said is there already, and two are better than one
+    (a cascade of ensembles, Wang et al. 2022, arXiv:2012.01988).
 
     Args:
         family: The family.
@@ -130,6 +135,7 @@ class Cascade:
         large: The member that is asked where the first is unsure.
         threshold: The confidence below which it is asked.
         temperatures: Of the logits of both, by member.
+        weight: Of the large member's probabilities in the mean, in [0, 1]; 1: it answers alone where it is asked.
         device: Where.
     """
 
@@ -141,12 +147,14 @@ class Cascade:
         *,
         threshold: float,
         temperatures: Mapping[str, float],
+        weight: float = 0.5,
         device: str | torch.device | None = None,
     ) -> None:
         self._family = family
         self.small, self.large = small, large
         self.threshold = threshold
         self.temperatures = dict(temperatures)
+        self.weight = weight
         self.device = family.device if device is None else torch.device(device)
         self.report: CascadeReport | None = None
 
@@ -165,7 +173,7 @@ class Cascade:
         batch_size: int = 32,
         progress: Progress | None = None,
     ) -> list[Prediction]:
-        """Returns the label of each text, in their order; `member` says who answered.
+        """Returns the label of each text, in their order; `member` says who was asked last.
 
         Args:
             texts: The texts; one alone may be given as it is.
@@ -201,7 +209,7 @@ class Cascade:
             large = self.large.model(self.device)
             chosen = [ids[place] for place in places.tolist()]
             logits = class_logits(large, chosen, self.pad_id, batch_size=batch_size, progress=progress)
-            probabilities[places] = self._probabilities(self.large, logits)
+            probabilities[places] = probabilities[places].lerp(self._probabilities(self.large, logits), self.weight)
         return probabilities, asked
 
     def _probabilities(self, member: Member, logits: Tensor) -> Tensor:
@@ -236,6 +244,7 @@ def judge(
         large=cascade.large.name,
         threshold=cascade.threshold,
         temperatures=cascade.temperatures,
+        weight=cascade.weight,
         metric=_accuracy(probabilities, samples.labels),
         metrics={name: _accuracy(each, samples.labels) for name, each in logits.items()},
         escalated=float(asked.float().mean()),

@@ -98,6 +98,7 @@ class CascadeRequest:
             family[report.large],
             threshold=report.threshold,
             temperatures=report.temperatures,
+            weight=report.weight,
             device=device,
         )
         cascade.report = report

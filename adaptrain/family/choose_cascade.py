@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from adaptrain.errors import ConfigurationError
-from adaptrain.family.calibration import fit_temperature
+from adaptrain.family.calibration import fit_temperature, fit_weight
 from adaptrain.family.cascade import Cascade, alone, in_turns, judge
 from adaptrain.family.member import Member, class_logits
 from adaptrain.family.samples import Samples
@@ -30,9 +30,13 @@ class _Seen:
 
     member: Member
     temperature: float
-    confidences: list[float]
+    probabilities: Tensor
     right: list[bool]
     seconds: float
+
+    @property
+    def confidences(self) -> list[float]:
+        return self.probabilities.max(-1).values.tolist()
 
     @property
     def accuracy(self) -> float:
@@ -40,11 +44,20 @@ class _Seen:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """A cascade that meets what was asked, as expected from its members; `share`: what may be escalated for a cost."""
+class _Pair:
+    """Who answers and whom it may ask; `right`: whether both together are, with that weight for the second."""
 
     small: _Seen
     large: _Seen
+    weight: float
+    right: list[bool]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A cascade that meets what was asked, as expected from its members; `share`: what may be escalated for a cost."""
+
+    pair: _Pair
     share: float
     threshold: float
     cost: float
@@ -68,8 +81,8 @@ def choose(
     chosen_on, judged_on = samples.pick(first), samples.pick(second)
     seen = _look(family, chosen_on, batch_size, device)
     slowest = max(seen, key=lambda each: each.seconds)
-    pairs = _pairs(family, seen, small, large, len(chosen_on))
-    plans = [plan for pair in pairs if (plan := _plan(*pair, slowest, cost, accuracy)) is not None]
+    pairs = _pairs(family, seen, small, large, chosen_on.labels)
+    plans = [plan for pair in pairs if (plan := _plan(pair, slowest, cost, accuracy)) is not None]
     if not plans:
         raise ConfigurationError(_why_not(pairs, slowest, cost, accuracy))
     if accuracy is None:
@@ -78,18 +91,20 @@ def choose(
         plans.sort(key=lambda each: each.cost)
     missed: list[tuple[float, Member]] = []
     for plan in plans:
+        pair = plan.pair
         cascade = Cascade(
             family,
-            plan.small.member,
-            plan.large.member,
+            pair.small.member,
+            pair.large.member,
             threshold=plan.threshold,
-            temperatures={each.member.name: each.temperature for each in (plan.small, plan.large)},
+            temperatures={each.member.name: each.temperature for each in (pair.small, pair.large)},
+            weight=pair.weight,
             device=device,
         )
         over = None if cost is None else _correct(cascade, plan, slowest, chosen_on, cost, batch_size)
         if over is None:
             break
-        missed.append((over, plan.small.member))
+        missed.append((over, pair.small.member))
     else:
         assert cost is not None
         least, member = min(missed, key=lambda each: each[0])
@@ -100,35 +115,37 @@ def choose(
     return cascade
 
 
-def _pairs(
-    family: ModelFamily, seen: list[_Seen], small: str | None, large: str | None, samples: int
-) -> list[tuple[_Seen, _Seen]]:
-    """Returns who may answer and whom it may ask: a slower member that is better, as far as they are not named."""
+def _pairs(family: ModelFamily, seen: list[_Seen], small: str | None, large: str | None, labels: Tensor) -> list[_Pair]:
+    """Returns who may answer and whom it may ask: a slower member that adds something, as far as they are not named."""
     first = seen if small is None else [_named(family, seen, small)]
     then = seen if large is None else [_named(family, seen, large)]
     if small is not None and large is not None and first[0].seconds >= then[0].seconds:
         raise ConfigurationError(
-            f"The member {small!r} takes {1e3 * first[0].seconds / samples:.3g} ms a sample, and {large!r}"
-            f" {1e3 * then[0].seconds / samples:.3g} ms: a cascade begins with the faster one."
+            f"The member {small!r} takes {1e3 * first[0].seconds / len(labels):.3g} ms a sample, and {large!r}"
+            f" {1e3 * then[0].seconds / len(labels):.3g} ms: a cascade begins with the faster one."
         )
-    better = _better(family, seen)
     pairs = [
-        (one, other)
+        _pair(one, other, labels)
         for one in first
         for other in then
-        if one.seconds < other.seconds
-        and one.member.params < other.member.params
-        and (large is not None or better(other) > better(one))
+        if one.seconds < other.seconds and one.member.params < other.member.params
     ]
+    pairs = [pair for pair in pairs if large is not None or sum(pair.right) > sum(pair.small.right)]
     if not pairs:
-        best = max(then, key=lambda each: (better(each), -each.seconds))
-        asks = "a cascade can save nothing: use it alone" if small is None else f"{small!r} has no one to ask"
+        best = max(then, key=lambda each: (each.accuracy, -each.seconds))
+        asks = "a cascade can gain nothing: use it alone" if small is None else f"{small!r} has no one to ask"
         raise ConfigurationError(
-            f"The member {best.member.name!r}, of the best {family.metric or 'accuracy'}, is the fastest as well, so"
-            f" {asks}. Members that are larger have to be better to be worth asking;"
-            " FamilyCheckpoint(recovery_steps=...) finishes their training. Or name one: large=..."
+            f"The member {best.member.name!r} has the best accuracy, and no slower one makes a faster one better, so"
+            f" {asks}. FamilyCheckpoint(recovery_steps=...) finishes the training of larger members. Or name one:"
+            " large=..."
         )
     return pairs
+
+
+def _pair(small: _Seen, large: _Seen, labels: Tensor) -> _Pair:
+    weight = fit_weight(small.probabilities, large.probabilities, labels)
+    together = small.probabilities.lerp(large.probabilities, weight)
+    return _Pair(small, large, weight, (together.argmax(-1) == labels).tolist())
 
 
 def _look(family: ModelFamily, samples: Samples, batch_size: int, device: torch.device) -> list[_Seen]:
@@ -144,9 +161,9 @@ def _look(family: ModelFamily, samples: Samples, batch_size: int, device: torch.
     for member in family.members:
         own = torch.cat(answers[member.name])
         temperature = fit_temperature(own, samples.labels)
-        confidences, classes = (own / temperature).softmax(-1).max(-1)
-        right = (classes == samples.labels).tolist()
-        seen.append(_Seen(member, temperature, confidences.tolist(), right, seconds[member.name]))
+        probabilities = (own / temperature).softmax(-1)
+        right = (probabilities.argmax(-1) == samples.labels).tolist()
+        seen.append(_Seen(member, temperature, probabilities, right, seconds[member.name]))
     return seen
 
 
@@ -155,28 +172,23 @@ def _named(family: ModelFamily, seen: list[_Seen], name: str) -> _Seen:
     return next(each for each in seen if each.member is member)
 
 
-def _better(family: ModelFamily, seen: list[_Seen]) -> Callable[[_Seen], float]:
-    """Returns how good a member is: by the family's own accuracy where it has one, which is of more samples."""
-    by_metric = "acc" in (family.metric or "").lower() and all(each.member.metric is not None for each in seen)
-    return lambda each: (each.member.metric or 0.0) if by_metric else each.accuracy
-
-
-def _plan(small: _Seen, large: _Seen, slowest: _Seen, cost: float | None, accuracy: float | None) -> _Plan | None:
-    base, each = small.seconds / slowest.seconds, large.seconds / slowest.seconds
+def _plan(pair: _Pair, slowest: _Seen, cost: float | None, accuracy: float | None) -> _Plan | None:
+    base, each = (member.seconds / slowest.seconds for member in (pair.small, pair.large))
+    confidences = pair.small.confidences
     if cost is not None:
         share = min(1.0, (cost * _AIM - base) / each)
         if share < 0:
             return None
-        threshold = threshold_for_share(small.confidences, share)
+        threshold = threshold_for_share(confidences, share)
     else:
         assert accuracy is not None
-        answer = threshold_for_accuracy(small.confidences, small.right, large.right, accuracy)
+        answer = threshold_for_accuracy(confidences, pair.small.right, pair.right, accuracy)
         if answer is None:
             return None
         share, threshold = 1.0, answer[0]
-    escalated = sum(confidence < threshold for confidence in small.confidences) / len(small.confidences)
-    reached = accuracy_at(small.confidences, small.right, large.right, threshold)
-    return _Plan(small, large, share, threshold, base + escalated * each, reached)
+    escalated = sum(confidence < threshold for confidence in confidences) / len(confidences)
+    reached = accuracy_at(confidences, pair.small.right, pair.right, threshold)
+    return _Plan(pair, share, threshold, base + escalated * each, reached)
 
 
 def _correct(
@@ -193,7 +205,7 @@ def _correct(
         "cascade": lambda piece: cascade.classify(piece, batch_size=batch_size),
         "slowest": alone(slowest.member, cascade, batch_size),
     }
-    each, share = plan.large.seconds / slowest.seconds, plan.share
+    each, share = plan.pair.large.seconds / slowest.seconds, plan.share
     fits, fitting = -1.0, cascade.threshold
     for _ in range(_ROUNDS):
         _, seconds = in_turns(runs, samples.ids, batch_size, cascade.device)
@@ -205,7 +217,7 @@ def _correct(
         if measured > cost and share <= 0:
             return measured
         share = min(1.0, max(0.0, share + (cost * _AIM - measured) / each))
-        cascade.threshold = threshold_for_share(plan.small.confidences, share)
+        cascade.threshold = threshold_for_share(plan.pair.small.confidences, share)
     if fits >= 0:
         cascade.threshold = fitting
     return None
@@ -219,15 +231,16 @@ def _too_slow(small: Member, slowest: Member, least: float, cost: float) -> str:
     )
 
 
-def _why_not(pairs: list[tuple[_Seen, _Seen]], slowest: _Seen, cost: float | None, accuracy: float | None) -> str:
+def _why_not(pairs: list[_Pair], slowest: _Seen, cost: float | None, accuracy: float | None) -> str:
     if cost is not None:
-        fastest = min((small for small, _ in pairs), key=lambda each: each.seconds)
+        fastest = min((pair.small for pair in pairs), key=lambda each: each.seconds)
         return _too_slow(fastest.member, slowest.member, fastest.seconds / slowest.seconds, cost)
     assert accuracy is not None
     reached = max(
-        accuracy_at(small.confidences, small.right, large.right, threshold)
-        for small, large in pairs
-        for threshold in (*small.confidences, math.inf)
+        accuracy_at(confidences, pair.small.right, pair.right, threshold)
+        for pair in pairs
+        for confidences in (pair.small.confidences,)
+        for threshold in (*confidences, math.inf)
     )
     return (
         f"accuracy={accuracy:g} cannot be met: the best that a cascade reaches on validation is {reached:.4g},"

@@ -245,13 +245,12 @@ class ModelFamily:
         data: tuple[Sequence[str], Sequence[str]] | None = None,
         again: bool = False,
     ) -> Cascade:
-        """Returns a small member that answers, and asks a larger one where it is unsure.
+        """Returns a small member that answers, together with a larger one where it is unsure.
 
-        Of all pairs of a member and a slower one that is better by validation, it is the pair that gives the best
-        accuracy at the cost, or the least cost at the accuracy. Temperatures and the threshold are chosen on one half
-        of the validation samples that the run kept; on the other half the cascade is judged and timed beside all
-        members (`cascade.report`, which says so where one of them alone is as good). What comes of it is kept with
-        the family.
+        Of all pairs of a member and a slower one that makes it better, it is the pair that gives the best accuracy at
+        the cost, or the least cost at the accuracy. Temperatures, weight and threshold are chosen on one half of the
+        validation samples that the run kept; on the other half the cascade is judged and timed beside all members
+        (`cascade.report`, which says so where one of them alone is as good). What comes of it is kept with the family.
 
             cascade = family.cascade(cost=0.5)
             print(cascade.report)
@@ -262,7 +261,7 @@ class ModelFamily:
                 `accuracy` is not given.
             accuracy: Instead of a cost: the accuracy to reach on validation, in (0, 1], at the least cost.
             small: The member that answers first; None: chosen.
-            large: The member that is asked where the first is unsure; None: chosen.
+            large: The member that is asked too where the first is unsure; None: chosen.
             batch_size: Texts at once.
             device: Where; None: the family's device.
             data: Texts and their labels to choose and judge on; None: validation samples of the run.
@@ -270,7 +269,7 @@ class ModelFamily:
 
         Raises:
             ConfigurationError: An argument is out of its range, there are no labelled samples, no cascade can meet
-                what is asked (it says by how much), or the best member is the fastest as well.
+                what is asked (it says by how much), or no slower member makes a faster one better.
         """
         from adaptrain.family.cascade_request import CascadeRequest
 

@@ -25,14 +25,14 @@ def threshold_for_share(confidences: Sequence[float], share: float) -> float:
 
 
 def threshold_for_accuracy(
-    confidences: Sequence[float], small_right: Sequence[bool], large_right: Sequence[bool], accuracy: float
+    confidences: Sequence[float], small_right: Sequence[bool], asked_right: Sequence[bool], accuracy: float
 ) -> tuple[float, float] | None:
     """Returns the lowest threshold that reaches an accuracy, and the share that is escalated.
 
     Args:
         confidences: The small model's confidence in each sample.
         small_right: Whether the small model is right.
-        large_right: Whether the large model is right.
+        asked_right: Whether the answer is right where the large model was asked.
         accuracy: What is to be reached, in (0, 1].
 
     Returns:
@@ -48,16 +48,16 @@ def threshold_for_accuracy(
             threshold = 0.0 if count == 0 else math.inf if count == total else confidences[order[count]]
             return threshold, count / total
         if count < total:
-            right += large_right[order[count]] - small_right[order[count]]
+            right += asked_right[order[count]] - small_right[order[count]]
     return None
 
 
 def accuracy_at(
-    confidences: Sequence[float], small_right: Sequence[bool], large_right: Sequence[bool], threshold: float
+    confidences: Sequence[float], small_right: Sequence[bool], asked_right: Sequence[bool], threshold: float
 ) -> float:
-    """Returns the share of right answers where those below the threshold are the large model's."""
+    """Returns the share of right answers where the large model is asked about those below the threshold."""
     chosen = (
-        large if confidence < threshold else small
-        for confidence, small, large in zip(confidences, small_right, large_right, strict=True)
+        asked if confidence < threshold else small
+        for confidence, small, asked in zip(confidences, small_right, asked_right, strict=True)
     )
     return sum(chosen) / len(confidences)

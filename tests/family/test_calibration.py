@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adaptrain.family.calibration import calibration_error, fit_temperature
+from adaptrain.family.calibration import calibration_error, fit_temperature, fit_weight
 
 
 def drawn(samples: int = 4000, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,3 +40,17 @@ def test_the_error_is_small_where_confidence_is_right():
     assert calibration_error((3 * logits).softmax(-1), labels) > 3 * calibrated
     sure = torch.tensor([[1.0, 0.0]] * 4)
     assert calibration_error(sure, torch.tensor([0, 0, 0, 1])) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
+def test_the_weight_of_a_mixture_is_found(share):
+    one, other = drawn()[0].softmax(-1), drawn()[0].flip(0).softmax(-1)
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.multinomial(one.lerp(other, share), 1, generator=generator)[:, 0]
+    assert fit_weight(one, other, labels) == pytest.approx(share, abs=0.05)
+
+
+def test_a_class_that_neither_thinks_possible_does_no_harm():
+    impossible = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    other = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert fit_weight(impossible, other, torch.tensor([1, 1])) == pytest.approx(0.0, abs=1e-6)

@@ -112,8 +112,13 @@ def test_a_cascade_at_a_cost(family):
     assert loaded is not None
     judged = loaded.pick(loaded.halves()[1])
     small, large = (class_logits(family[name].model(), judged.ids, 0, batch_size=300) for name in ("final", "dense"))
-    unsure = (small / report.temperatures["final"]).softmax(-1).max(-1).values < report.threshold
-    answers = torch.where(unsure, large.argmax(-1), small.argmax(-1))
+    first, second = (
+        (logits / report.temperatures[name]).softmax(-1) for name, logits in (("final", small), ("dense", large))
+    )
+    unsure = first.max(-1).values < report.threshold
+    assert 0 < report.weight <= 1
+    together = (1 - report.weight) * first + report.weight * second
+    answers = torch.where(unsure, together.argmax(-1), small.argmax(-1))
     assert report.escalated == pytest.approx(float(unsure.float().mean()))
     assert report.metric == pytest.approx(float((answers == judged.labels).float().mean()))
     assert report.metrics["dense"] == pytest.approx(float((large.argmax(-1) == judged.labels).float().mean()))
@@ -157,22 +162,24 @@ def test_nothing_or_all_may_be_escalated(family):
 
 
 class Known:
-    """A member by name, size and accuracy on validation."""
+    """A member by name and size."""
 
-    def __init__(self, name: str, params: int, metric: float) -> None:
-        self.name, self.params, self.metric = name, params, metric
+    def __init__(self, name: str, params: int) -> None:
+        self.name, self.params = name, params
 
 
-def seen(name: str, seconds: float, metric: float, right: int) -> Any:
-    """A member that answers `right` of ten samples, sure of the ones it is right about."""
-    member: Any = Known(name, int(1000 * seconds), metric)
-    answers = [number < right for number in range(10)]
-    return choose_cascade._Seen(member, 1.0, [1 - number / 20 for number in range(10)], answers, seconds)
+LABELS = torch.zeros(10, dtype=torch.long)
+
+
+def seen(name: str, seconds: float, right: set[int], sure: float = 0.9) -> Any:
+    """A member that gives the right class of ten samples, where it is right, a bit less in each than in the last."""
+    member: Any = Known(name, int(1000 * seconds))
+    chances = [sure - number / 100 if number in right else 0.49 - number / 100 for number in range(10)]
+    probabilities = torch.tensor([[chance, 1 - chance] for chance in chances])
+    return choose_cascade._Seen(member, 1.0, probabilities, [n in right for n in range(10)], seconds)
 
 
 class Members:
-    metric = "val/accuracy"
-
     def __init__(self, *members: Any) -> None:
         self._members = {each.member.name: each.member for each in members}
 
@@ -180,34 +187,49 @@ class Members:
         return self._members[name]
 
 
-def test_all_pairs_of_a_member_and_a_better_slower_one_are_looked_at():
-    small, poor, middle, dense = members = [
-        seen("small", 1.0, 0.6, 6),
-        seen("poor", 2.0, 0.5, 5),
-        seen("middle", 3.0, 0.9, 9),
-        seen("dense", 10.0, 0.8, 8),
+def names(pairs: list[Any]) -> list[tuple[str, str]]:
+    return [(pair.small.member.name, pair.large.member.name) for pair in pairs]
+
+
+def test_all_pairs_of_a_member_and_a_slower_one_that_makes_it_better_are_looked_at():
+    *_, middle, dense = members = [
+        seen("small", 1.0, {0, 1, 2, 3, 4, 5}),
+        seen("poor", 2.0, {0, 1, 2}),
+        seen("middle", 3.0, {0, 1, 2, 3, 4, 5, 6, 7, 8}),
+        seen("dense", 10.0, {0, 1, 2, 3, 4, 5, 6, 9}, sure=0.99),
     ]
     family: Any = Members(*members)
-    pairs = choose_cascade._pairs(family, members, None, None, 10)
-    # Nobody asks one that is not better: not the poor one, and of the middle one not even the dense.
-    assert pairs == [(small, middle), (small, dense), (poor, middle), (poor, dense)]
-    assert choose_cascade._pairs(family, members, None, "dense", 10) == [
-        (small, dense),
-        (poor, dense),
-        (middle, dense),
+    pairs = choose_cascade._pairs(family, members, None, None, LABELS)
+    # Nobody asks one that adds nothing: not the poor one. The dense one is worse than the middle one, and adds to it.
+    assert names(pairs) == [
+        *(("small", "middle"), ("small", "dense")),
+        *(("poor", "middle"), ("poor", "dense")),
+        ("middle", "dense"),
     ]
-    with pytest.raises(ConfigurationError, match=r"'middle', of the best val/accuracy.*'middle' has no one to ask"):
-        choose_cascade._pairs(family, members, "middle", None, 10)
+    assert sum(pairs[-1].right) == 10
+    assert names(choose_cascade._pairs(family, members, None, "poor", LABELS)) == [("small", "poor")]
+    weak: Any = [middle, seen("weak", 4.0, {1, 2}, sure=0.6)]
+    with pytest.raises(ConfigurationError, match=r"'middle' has the best accuracy.*'middle' has no one to ask"):
+        choose_cascade._pairs(Members(*weak), weak, "middle", None, LABELS)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigurationError, match="a cascade can gain nothing: use it alone"):
+        choose_cascade._pairs(Members(*weak), weak, None, None, LABELS)  # pyright: ignore[reportArgumentType]
 
     # Costs are fractions of the slowest one's time, whoever is asked: 0.1 + half of 0.3 is 0.25.
-    plan = choose_cascade._plan(small, middle, dense, 0.26, None)
+    plan = choose_cascade._plan(pairs[0], dense, 0.26, None)
     assert plan is not None
     assert plan.cost == pytest.approx(0.25)
     assert plan.accuracy == pytest.approx(0.9)
-    assert choose_cascade._plan(middle, dense, dense, 0.26, None) is None
-    cheapest = choose_cascade._plan(small, middle, dense, None, 0.8)
+    assert choose_cascade._plan(pairs[-1], dense, 0.26, None) is None
+    cheapest = choose_cascade._plan(pairs[0], dense, None, 0.8)
     assert cheapest is not None
-    assert cheapest.cost == pytest.approx(0.1 + 0.3 * 0.3)  # the three least sure; the last is wrong with both
+    assert cheapest.accuracy == pytest.approx(0.8)
+    assert cheapest.cost < 0.1 + 0.3
+
+
+def test_the_second_may_weigh_nothing_or_all():
+    sure, guess = seen("sure", 2.0, set(range(10))), seen("guess", 1.0, {0, 1, 2, 3, 4})
+    assert choose_cascade._pair(guess, sure, LABELS).weight == pytest.approx(1.0, abs=1e-6)
+    assert choose_cascade._pair(sure, guess, LABELS).weight == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_report_says_where_a_member_alone_is_as_good(family):
@@ -230,7 +252,7 @@ def test_what_cannot_be_met_is_refused(family, folder, tmp_path):
         ({"accuracy": 1.2}, r"accuracy must be a number in \(0, 1\], got 1.2"),
         ({"cost": 0.5, "accuracy": 0.9}, "Give cost or accuracy, not both"),
         ({"small": "dense", "large": "final"}, "a cascade begins with the faster one"),
-        ({"large": "final"}, "the fastest as well"),
+        ({"large": "final"}, "no slower one makes a faster one better"),
         ({"large": "tiny"}, "no member 'tiny'"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"data": (["x"], ["a", "b"])}, "1 texts and 2 labels"),
