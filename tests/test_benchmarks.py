@@ -141,8 +141,9 @@ def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, 
     rows = json.loads(out.read_text())["results"]
     arms = {
         part: [row["arm"] for row in rows if row["part"] == part]
-        for part in ("soup", "freezing", "family", "elastic", "adapters")
+        for part in ("soup", "freezing", "family", "cascade", "elastic", "adapters")
     }
+    assert arms["cascade"] == [arm for arm in arms["family"] if arm.startswith("member ") or arm == "cascade"]
     assert arms["adapters"] == ["adapters, uniform", "adapters by gradient", "all weights"]
     trains = {row["arm"]: row["trainable"] for row in rows if row["part"] == "adapters"}
     assert 0 < trains["adapters, uniform"] <= 0.06 * trains["all weights"]
@@ -255,16 +256,45 @@ def test_the_learning_rate_benchmark_names_its_methods(monkeypatch: pytest.Monke
 
     def switches(method: str) -> dict[str, bool]:
         made = controller(method)
-        return {name: bool(getattr(made, name)) for name in ("align", "cap", "plateau", "guard", "recover")}
+        return {
+            name: bool(getattr(made, name)) for name in ("align", "cap", "plateau", "guard", "recover", "batch_scaling")
+        }
 
     assert controller("cosine") is None
     assert switches("wsd+ours") == dict.fromkeys(switches("wsd+ours"), True)
     assert switches("wsd+ours-align-cap") == switches("wsd+ours") | {"align": False, "cap": False}
-    assert switches("wsd+ours-only-cap") == switches("wsd+ours") | {"align": False, "plateau": False, "guard": False}
+    assert switches("wsd+ours-only-cap") == dict.fromkeys(switches("wsd+ours"), False) | {"cap": True}
+    assert switches("cosine+ours-batch-recover") == switches("wsd+ours") | {"batch_scaling": False, "recover": False}
     for wrong in ("cosin", "cosine+theirs", "prodigy+ours", "cosine+ours-magic"):
         with pytest.raises(ValueError, match=r"no method|is not SCHEDULE"):
             controller(wrong)
     assert decades(1e-4, 1e-1, 4) == pytest.approx((1e-4, 1e-3, 1e-2, 1e-1))
+
+
+def test_the_learning_rate_benchmark_puts_sgd_under_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from benchmark_learning_rate import fault_jobs
+    from learning_rate_arms import make_task
+
+    task = make_task("classifier", model=None, data=None, steps=None, optimizer="sgd")
+    module = torch.nn.Linear(2, 2)
+    adam = torch.optim.AdamW([{"params": [module.weight], "weight_decay": 0.1}, {"params": [module.bias]}], lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 0.5**step)
+    made = {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    holder = SimpleNamespace(configure_optimizers=lambda: made)
+    found = task._optimized(holder).configure_optimizers()
+    optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.9, 0)] * 2
+    optimizer.step()
+    schedule.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.25] * 2
+    assert max(task.rates) == 3.0
+    jobs = fault_jobs([task], ["wsd", "wsd+ours", "cosine+ours-batch"], ["batch"], [], [7])
+    assert [(job["fault"], job["method"]) for job in jobs] == [
+        *((None, "cosine"), (None, "cosine+ours-batch")),
+        *(("batch", "cosine"), ("batch", "cosine+ours-batch")),
+    ]
 
 
 @pytest.mark.parametrize(
