@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--cascade",
         type=float,
         metavar="COST",
-        help="a small one, and a larger one where that is unsure, in this fraction of the slowest one's time",
+        help="a small one, and a larger one too where that is unsure, in this fraction of the slowest one's time",
     )
     chosen.add_argument("--latency-ms", type=float, metavar="MS", help="at most, for a forward pass")
     chosen.add_argument("--memory-mib", type=float, metavar="MIB", help="at most, weights and tensors of a pass")

@@ -27,7 +27,7 @@ class Prediction:
         output: The label, or the continuation of a language model.
         confidence: The probability of the label, in [0, 1]; None for a language model.
         scores: The probability of each label; empty for a language model.
-        member: Which member answered.
+        member: Which member answered; of a cascade, which was asked last.
     """
 
     output: str
