@@ -2,7 +2,8 @@
 
 Every method trains each task at seven rates over 3.5 decades, with the same steps, paired by seed:
 
-    constant, cosine, wsd, linear    the bare schedule, AdamW (--optimizer sgd: with a momentum of 0.9)
+    constant, cosine, wsd, linear    the bare schedule, AdamW (--optimizer sgd: with a momentum of 0.9,
+                                     without the last two, which are AdamW of their own)
     SCHEDULE+ours                    with LearningRateController
     SCHEDULE+ours-FACTOR             without one of its factors: align, cap, plateau, batch, recover, guard
                                      (-only-FACTOR: no other)

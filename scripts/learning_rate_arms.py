@@ -81,27 +81,32 @@ class Task:
         return data
 
     def module(self, data: Any, *, lr: float, schedule: str) -> Any:
+        module = self._module(data, lr=lr, schedule=schedule)
+        if self.optimizer == "sgd":
+            _use_sgd(module)
+        return module
+
+    def _module(self, data: Any, *, lr: float, schedule: str) -> Any:
         options: dict[str, Any] = {"data": data, "lr": lr, "schedule": schedule, "warmup": WARMUP}
         if self.name == "encoder":
-            return self._optimized(TextClassifier(name_or_path=self.model, **options))
+            return TextClassifier(name_or_path=self.model, **options)
         wide = self.name in ("wide_classifier", "long_language_model")
         options |= {"hidden_size": 96 if wide else 64, "num_hidden_layers": 3 if wide else 2}
         if self.has_accuracy:
-            return self._optimized(TextClassifier(intermediate_size=256, **options))
-        return self._optimized(CausalLanguageModel(intermediate_size=192, **options))
+            return TextClassifier(intermediate_size=256, **options)
+        return CausalLanguageModel(intermediate_size=192, **options)
 
-    def _optimized(self, module: Any) -> Any:
-        """Puts SGD where the module has AdamW, under the same schedule."""
-        own = module.configure_optimizers
 
-        def configure() -> Any:
-            made = own()
-            groups = [{"params": g["params"], "lr": g["initial_lr"]} for g in made["optimizer"].param_groups]
-            return _scheduled(made, torch.optim.SGD(groups, momentum=0.9), _shape(made))
+def _use_sgd(module: Any) -> None:
+    """Puts SGD where a module has AdamW, under the same schedule."""
+    own = module.configure_optimizers
 
-        if self.optimizer == "sgd":
-            module.configure_optimizers = configure
-        return module
+    def configure() -> Any:
+        made = own()
+        groups = [{"params": g["params"], "lr": g["initial_lr"]} for g in made["optimizer"].param_groups]
+        return _scheduled(made, torch.optim.SGD(groups, momentum=0.9), _shape(made))
+
+    module.configure_optimizers = configure
 
 
 def _shape(made: dict[str, Any]) -> Callable[[int], float]:
@@ -172,8 +177,8 @@ def controller(method: str) -> Any:
     if first != "ours" or base in PEERS or any(name not in FACTORS for name in named):
         raise ValueError(f"{method!r} is not SCHEDULE+ours, followed by -FACTOR or -only-FACTOR of {FACTORS}.")
     off = [name for name in FACTORS if (name not in named) == only] if named else []
-    switches: dict[str, Any] = dict.fromkeys(off, False)
-    if switches.pop("batch", None) is not None:
+    switches: dict[str, Any] = {name: False for name in off if name != "batch"}
+    if "batch" in off:
         switches["batch_scaling"] = None
     return adaptrain.LearningRateController(**switches)
 

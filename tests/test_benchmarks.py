@@ -274,7 +274,7 @@ def test_the_learning_rate_benchmark_names_its_methods(monkeypatch: pytest.Monke
 def test_the_learning_rate_benchmark_puts_sgd_under_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from benchmark_learning_rate import fault_jobs
-    from learning_rate_arms import make_task
+    from learning_rate_arms import _use_sgd, make_task
 
     task = make_task("classifier", model=None, data=None, steps=None, optimizer="sgd")
     module = torch.nn.Linear(2, 2)
@@ -282,7 +282,8 @@ def test_the_learning_rate_benchmark_puts_sgd_under_the_same_schedule(monkeypatc
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 0.5**step)
     made = {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
     holder = SimpleNamespace(configure_optimizers=lambda: made)
-    found = task._optimized(holder).configure_optimizers()
+    _use_sgd(holder)
+    found = holder.configure_optimizers()
     optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
     assert isinstance(optimizer, torch.optim.SGD)
     assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.9, 0)] * 2

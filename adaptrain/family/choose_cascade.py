@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ class _Seen:
     right: list[bool]
     seconds: float
 
-    @property
+    @functools.cached_property
     def confidences(self) -> list[float]:
         return self.probabilities.max(-1).values.tolist()
 
@@ -237,10 +238,9 @@ def _why_not(pairs: list[_Pair], slowest: _Seen, cost: float | None, accuracy: f
         return _too_slow(fastest.member, slowest.member, fastest.seconds / slowest.seconds, cost)
     assert accuracy is not None
     reached = max(
-        accuracy_at(confidences, pair.small.right, pair.right, threshold)
+        accuracy_at(pair.small.confidences, pair.small.right, pair.right, threshold)
         for pair in pairs
-        for confidences in (pair.small.confidences,)
-        for threshold in (*confidences, math.inf)
+        for threshold in (*pair.small.confidences, math.inf)
     )
     return (
         f"accuracy={accuracy:g} cannot be met: the best that a cascade reaches on validation is {reached:.4g},"

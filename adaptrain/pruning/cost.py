@@ -88,7 +88,8 @@ def measure_latency(
             for name in names:
                 models[name](**inputs)
         for done in range(_MOST_ROUNDS):
-            time.sleep(_PAUSE if done else 0.0)
+            if done:
+                time.sleep(_PAUSE)
             for turn in range(repeats):
                 for position in range(len(names)):
                     name = names[(turn + position) % len(names)]
