@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from transformers import (
     BertConfig,
@@ -104,6 +105,37 @@ def test_biases_and_norms_do_not_decay() -> None:
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (name.endswith("weight") and "LayerNorm" not in name), name
+
+
+def test_on_a_cpu_the_fused_kernel_makes_the_same_steps() -> None:
+    model, twin = tiny_bert(), tiny_bert()
+    twin.load_state_dict(model.state_dict())
+    fused = build_optimizer(model, lr=0.1, weight_decay=0.3, betas=(0.9, 0.99))
+    assert all(group["fused"] for group in fused.param_groups)
+    groups = [[p for p in twin.parameters() if p.ndim >= 2], [p for p in twin.parameters() if p.ndim < 2]]
+    decays = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.3, 0.0), strict=True)]
+    plain = torch.optim.AdamW(decays, lr=0.1, betas=(0.9, 0.99), fused=False)
+    for _ in range(3):
+        for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
+            mine.grad = its.grad = torch.randn_like(mine)
+        fused.step()
+        plain.step()
+    torch.testing.assert_close(weights(model), weights(twin), rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_clipped_in_mixed_precision(tmp_path: Path, data: TextDataModule) -> None:
+    norms: list[float] = []
+
+    class Norms(pl.Callback):
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            norms.append(float(torch.nn.utils.clip_grad_norm_(pl_module.parameters(), math.inf)))
+
+    model = TextClassifier(data=data, **SMALL)
+    trainer = quiet_trainer(
+        tmp_path, max_steps=3, max_epochs=-1, precision="bf16-mixed", gradient_clip_val=0.01, callbacks=[Norms()]
+    )
+    trainer.fit(model, datamodule=data)
+    assert norms[1:] == pytest.approx([0.01, 0.01], rel=1e-3)
 
 
 @pytest.fixture
