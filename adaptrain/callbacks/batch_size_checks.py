@@ -17,6 +17,7 @@ def check_arguments(
     *,
     micro_batch_size: Any,
     split_by: Any,
+    pad_to_multiple_of: Any,
     weight_by: Any,
     memory_limit_gib: Any,
     memory_fraction: Any,
@@ -34,6 +35,10 @@ def check_arguments(
     fixed = _checked_size(micro_batch_size)
     if split_by not in ("tokens", "samples"):
         raise ConfigurationError(f"split_by must be 'tokens' or 'samples', got {split_by!r}.")
+    if pad_to_multiple_of not in ("auto", None) and not _is_count(pad_to_multiple_of):
+        raise ConfigurationError(
+            f"pad_to_multiple_of must be 'auto', null or a whole number of at least 1, got {pad_to_multiple_of!r}."
+        )
     if not callable(weight_by) and weight_by not in ("auto", "samples", "tokens"):
         raise ConfigurationError(f"weight_by must be 'auto', 'samples', 'tokens' or a callable, got {weight_by!r}.")
     if memory_limit_gib is not None and not (_is_number(memory_limit_gib) and memory_limit_gib > 0):
@@ -120,11 +125,15 @@ def check_memory(memory: StepMemory, *, limit_gib: float | None, fraction: float
 def _checked_size(value: Any) -> int | None:
     if value == "auto":
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not _is_count(value):
         raise ConfigurationError(
             f"micro_batch_size must be 'auto' or a whole number of samples of at least 1, got {value!r}."
         )
     return value
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_number(value: Any) -> bool:

@@ -42,6 +42,7 @@ class MicroBatching:
         memory: Measures it.
         ranks: The ranks of the run.
         by_length: Sort by length and trim padding where a batch allows it.
+        multiple: Of which micro-batches keep columns then.
         weight_by: See `adaptrain.execution.weight.sample_weights`.
         split: The user's own split, or None.
         measure_noise: Take gradient norms at two batch sizes in each step, where it can be.
@@ -59,6 +60,7 @@ class MicroBatching:
         memory: StepMemory,
         ranks: Ranks,
         by_length: bool,
+        multiple: int = 1,
         weight_by: WeightBy,
         split: Split | None = None,
         measure_noise: bool = False,
@@ -74,6 +76,7 @@ class MicroBatching:
         self._memory_forecast = MemoryForecast(memory, fit)
         self._ranks = ranks
         self._by_length = by_length
+        self._multiple = multiple
         self._split = split
         self._dry_run = dry_run
         self._noise = NoiseProbe(module, ranks) if measure_noise else None
@@ -176,7 +179,13 @@ class MicroBatching:
         if self._split is not None:
             return None
         cost = self._time_fit.piece_cost if self._time_fit is not None else None
-        shape = layout(batch, by_length=self._by_length, trim_left=self._trim_left, piece_cost=cost)
+        shape = layout(
+            batch,
+            by_length=self._by_length,
+            trim_left=self._trim_left,
+            multiple=self._multiple,
+            piece_cost=cost,
+        )
         if shape is None and "whole" not in self._said:
             self._said.add("whole")
             warnings.warn(

@@ -154,7 +154,7 @@ def copy_containers(batch: Any) -> Any:
 
 
 def layout(
-    batch: Any, *, by_length: bool, trim_left: bool = False, piece_cost: float | None = None
+    batch: Any, *, by_length: bool, trim_left: bool = False, multiple: int = 1, piece_cost: float | None = None
 ) -> BatchLayout | None:
     """Reads a batch's shape, and its lengths where it is to be split by length.
 
@@ -168,6 +168,7 @@ def layout(
         batch: What the loader yields.
         by_length: Sort by length and trim padding; where there is no mask, the rows stay as they are.
         trim_left: The model knows positions only relative to each other (rotary embeddings).
+        multiple: Of which a sample keeps columns, as far as there are: what is trimmed is less by so much padding.
         piece_cost: See `BatchLayout`.
 
     Returns:
@@ -199,13 +200,20 @@ def layout(
     elif counted is not None:
         starts = torch.where(counted.gather(1, starts[:, None])[:, 0], 0, starts)
     both = torch.stack([starts, stops]).tolist()  # one transfer from the device
-    spans = list(zip(both[0], both[1], strict=True))
+    spans = [_rounded(start, stop, columns, multiple) for start, stop in zip(*both, strict=True)]
     lengths = [stop - start for start, stop in spans]
     if min(lengths) == max(lengths) == columns:
         return BatchLayout(size, length=columns)
     order = sorted(range(size), key=lambda row: -lengths[row])
     whole = frozenset(path for leaf, path in _leaves(batch) if _only_looks_like_sequence(leaf, used))
     return BatchLayout(size, columns, spans, order if order != list(range(size)) else None, whole, piece_cost)
+
+
+def _rounded(start: int, stop: int, columns: int, multiple: int) -> tuple[int, int]:
+    """Widens a span to a multiple of columns: to the right as far as there are any, else to the left."""
+    length = min(columns, -(-(stop - start) // multiple) * multiple)
+    stop = min(columns, start + length)
+    return stop - length, stop
 
 
 def _only_looks_like_sequence(leaf: Any, used: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.utils.data import DataLoader
@@ -46,7 +46,8 @@ class TokenizedDataModule(_lightning.LightningDataModule):
         batch_size: Samples in a training batch on one rank.
         eval_batch_size: Samples in a validation or test batch; None: as in training.
         num_workers: Processes that make batches; 0: the training process makes them, which is fast enough here.
-        pad_to_multiple_of: Rounds the length of batches up, for tensor cores; None: no rounding.
+        pad_to_multiple_of: Rounds the length of batches up, to `max_length` at most; `"auto"`: to a multiple of 8 where
+            the trainer's precision is of 16 bits; None: no rounding.
         val_fraction: The share of the training samples held out where there is no validation data, in (0, 1).
         limit_train: Use that many training samples, chosen by the seed; None: all.
         limit_val: The same for validation.
@@ -68,7 +69,7 @@ class TokenizedDataModule(_lightning.LightningDataModule):
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
-        pad_to_multiple_of: int | None = None,
+        pad_to_multiple_of: int | Literal["auto"] | None = "auto",
         val_fraction: float = 0.1,
         limit_train: int | None = None,
         limit_val: int | None = None,
@@ -85,7 +86,7 @@ class TokenizedDataModule(_lightning.LightningDataModule):
             batch_size=(batch_size, 1),
             eval_batch_size=(eval_batch_size, 1),
             num_workers=(num_workers, 0),
-            pad_to_multiple_of=(pad_to_multiple_of, 1),
+            pad_to_multiple_of=(None if pad_to_multiple_of == "auto" else pad_to_multiple_of, 1),
             **{f"limit_{split}": (limit, 1) for split, limit in limits.items()},
         )
         if not 0 < val_fraction < 1:
@@ -98,7 +99,7 @@ class TokenizedDataModule(_lightning.LightningDataModule):
         self._tokenizer_name = tokenizer
         self._vocab_size = vocab_size
         self._num_workers = num_workers
-        self._pad_to_multiple_of = pad_to_multiple_of
+        self._pad_to_multiple_of: Any = pad_to_multiple_of
         self._val_fraction = val_fraction
         self._limits = limits
         self._seed = seed
@@ -258,11 +259,15 @@ class TokenizedDataModule(_lightning.LightningDataModule):
         return DataLoader(self._datasets[split], batch_size=batch_size, generator=generator, **self._options())
 
     def _options(self) -> dict[str, Any]:
+        multiple = self._pad_to_multiple_of
+        if multiple == "auto":
+            multiple = _lightning.pads_to(self.trainer) if self.trainer is not None else None
+        collator = Collator(self.tokenizer.pad_token_id, pad_to_multiple_of=multiple, max_length=self.max_length)
         return {
             "num_workers": self._num_workers,
             "persistent_workers": self._num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "collate_fn": Collator(self.tokenizer.pad_token_id, pad_to_multiple_of=self._pad_to_multiple_of),
+            "collate_fn": collator,
         }
 
 

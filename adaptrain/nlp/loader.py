@@ -59,18 +59,23 @@ class Collator:
     Args:
         pad_token_id: The id to pad with.
         pad_to_multiple_of: Rounds the length up to a multiple of this, for tensor cores; None: no rounding.
+        max_length: The most it is rounded up to: a model may have no more positions.
     """
 
-    def __init__(self, pad_token_id: int, *, pad_to_multiple_of: int | None = None) -> None:
+    def __init__(
+        self, pad_token_id: int, *, pad_to_multiple_of: int | None = None, max_length: int | None = None
+    ) -> None:
         self.pad_token_id = pad_token_id
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.max_length = max_length
 
     def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Returns the batch of `samples`."""
         lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
         width = int(lengths.max())
         if self.pad_to_multiple_of:
-            width += -width % self.pad_to_multiple_of
+            rounded = width + -width % self.pad_to_multiple_of
+            width = max(width, min(rounded, self.max_length or rounded))
         input_ids = torch.full((len(samples), width), self.pad_token_id)
         for row, sample in zip(input_ids, samples, strict=True):
             row[: len(sample["input_ids"])] = sample["input_ids"]

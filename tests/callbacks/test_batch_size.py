@@ -136,6 +136,26 @@ def test_split_steps_equal_unsplit_ones(size, split_by: str, accumulate: int, tm
     assert split.steps_seen == plain.steps_seen == 48
 
 
+@pytest.mark.parametrize(
+    ("multiple", "precision", "expected"),
+    [(None, "32-true", 1), ("auto", "32-true", 1), ("auto", "bf16-mixed", 8), (4, "64-true", 4)],
+)
+def test_lengths_are_trimmed_to_a_multiple(multiple, precision: str, expected: int, tmp_path: Path) -> None:
+    columns: list[int] = []
+
+    class Watched(ScarceModule):
+        def training_step(self, batch, batch_idx):
+            columns.append(batch["input_ids"].shape[1])
+            return super().training_step(batch, batch_idx)
+
+    split = Watched().to(torch.get_default_dtype())
+    controller = BatchSizeController(micro_batch_size=2, pad_to_multiple_of=multiple)
+    fit(split, tmp_path, controller, precision=precision)
+    assert all(length % expected == 0 or length == max(columns) for length in columns)
+    assert len(set(columns)) > 1
+    assert (expected == 1) == any(length % 2 for length in columns if length < max(columns))
+
+
 def test_gradient_checkpointing_is_served(tmp_path: Path) -> None:
     modules = [ScarceModule(), ScarceModule()]
     for module in modules:
@@ -422,6 +442,8 @@ def test_it_pickles_before_fit() -> None:
         ({"micro_batch_size": True}, "got True"),
         ({"micro_batch_size": 2.5}, "got 2.5"),
         ({"split_by": "rows"}, "split_by must be 'tokens' or 'samples', got 'rows'"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be 'auto', null or a whole number.* got 0"),
+        ({"pad_to_multiple_of": "8"}, "got '8'"),
         ({"weight_by": "length"}, "weight_by must be .* got 'length'"),
         ({"memory_limit_gib": 0}, "memory_limit_gib must be .* got 0"),
         ({"memory_limit_gib": "4"}, "got '4'"),

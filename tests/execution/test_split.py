@@ -67,6 +67,15 @@ def test_every_token_is_in_one_piece_and_padding_is_trimmed(size: int, side: str
     assert [len(piece["labels"]) for piece in pieces] == [len(p["labels"]) for p in cut(batch, size, by_length=False)]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_pieces_keep_a_multiple_of_columns_as_far_as_there_are(side: str) -> None:
+    batch = padded([3, 9, 1, 5, 5, 2, 8], 10, side=side)
+    pieces = cut(batch, 2, trim_left=True, multiple=4)
+    assert tokens(pieces) == tokens([batch])
+    assert [piece["input_ids"].shape for piece in pieces] == [(1, 10), (2, 8), (2, 8), (2, 4)]
+    assert [sorted(piece["attention_mask"].sum(1).tolist()) for piece in pieces] == [[9], [5, 5], [3, 8], [1, 2]]
+
+
 def test_pieces_are_even_and_longest_first() -> None:
     shape = layout(padded([3, 9, 1, 5, 5, 2, 8], 12), by_length=True)
     assert [piece.size for piece in shape.pieces(3)] == [2, 2, 3]

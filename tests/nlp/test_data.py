@@ -166,8 +166,28 @@ def test_the_corpus_is_ready_in_both_tasks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
+    ("precision", "multiple", "widths"),
+    [
+        ("bf16-mixed", "auto", {8, 14}),
+        ("32-true", 4, {8, 12, 14}),
+        ("bf16-mixed", None, None),
+        ("32-true", "auto", None),
+    ],
+)
+def test_lengths_of_batches_are_rounded(
+    tmp_path: Path, reviews: dict[str, str], precision: str, multiple: Any, widths: set[int] | None
+) -> None:
+    recorder = Recorder()
+    data = text_data(reviews, batch_size=2, max_length=14, pad_to_multiple_of=multiple)
+    fit(tmp_path, data, recorder, precision=precision)
+    seen = {len(batch[0]) for batch in recorder.batches}
+    assert seen == widths if widths else any(width % 4 for width in seen - {14})
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"pad_to_multiple_of": 0}, r"data\.pad_to_multiple_of must be a whole number of at least 1, got 0"),
         ({"max_length": 0}, r"data\.max_length must be a whole number of at least 3, got 0"),
         ({"batch_size": 0}, r"data\.batch_size must be a whole number of at least 1, got 0"),
         ({"batch_size": 2.5}, r"data\.batch_size .*got 2\.5"),

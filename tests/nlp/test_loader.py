@@ -33,6 +33,7 @@ def test_batches_are_padded_to_their_longest_sample() -> None:
     assert batch["labels"].tolist() == [4, 0]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     assert Collator(99, pad_to_multiple_of=8)([data[4]])["input_ids"].shape == (1, 8)
+    assert Collator(99, pad_to_multiple_of=8, max_length=6)([data[4]])["input_ids"].shape == (1, 6)
 
 
 def test_language_model_labels_leave_padding_out() -> None:
