@@ -14,7 +14,7 @@ from adaptrain.errors import ConfigurationError
 def build_optimizer(
     model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Returns AdamW that decays matrices alone: biases and the scales of norms are left to the data.
+    """Returns AdamW, fused on a CPU, that decays matrices alone: biases and the scales of norms are left to the data.
 
     Args:
         model: Its parameters that require a gradient are trained.
