@@ -80,7 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     settings: dict[str, Any] = {name: getattr(args, name) for name in ("steps", "precision", "optimizer")}
     tasks = [make_task(name, model=args.model, data=args.data, **settings) for name in args.tasks]
-    methods = [method for method in _chosen(args.methods) if args.optimizer == "adamw" or method not in ADAM_ALONE]
+    methods = _chosen(args.methods)
+    if args.optimizer != "adamw":
+        if named := [method for method in ADAM_ALONE if method in args.methods]:
+            parser.error(f"{named[0]} is an AdamW of its own: leave out it or --optimizer {args.optimizer}.")
+        methods = [method for method in methods if method not in ADAM_ALONE]
     try:
         for method in methods:
             controller(method)

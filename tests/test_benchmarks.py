@@ -304,6 +304,10 @@ def test_the_learning_rate_benchmark_puts_sgd_under_the_same_schedule(monkeypatc
         (["--methods", "cosin"], "There is no method 'cosin'"),
         (["--tasks", "encoder"], "--tasks encoder needs --model and --data"),
         (["--tasks", "vision"], "invalid choice: 'vision'"),
+        (
+            ["--optimizer", "sgd", "--methods", "cosine", "prodigy"],
+            "prodigy is an AdamW of its own: leave out it or --optimizer sgd",
+        ),
     ],
 )
 def test_the_learning_rate_benchmark_refuses_before_it_starts(
