@@ -55,13 +55,15 @@ def resume_step(trainer: Any) -> int | None:
     return int(opened["global_step"]) if opened else int(trainer.global_step)
 
 
-def pads_to(trainer: Any) -> int:
-    """What lengths of sequences are best a multiple of: 8 in 16-bit precision, else 1.
+def pads_to(given: int | Literal["auto"] | None, trainer: Any) -> int:
+    """What lengths of sequences are a multiple of, by an argument `pad_to_multiple_of`; None stands for 1.
 
-    There tensor cores want it (NVIDIA, "Train with mixed precision"), and on a CPU oneDNN, which builds a kernel for
-    every shape, then meets few enough to keep them.
+    `"auto"` is 8 in 16-bit precision, else 1, as without a trainer: there tensor cores want it (NVIDIA, "Train with
+    mixed precision"), and on a CPU oneDNN, which builds a kernel for every shape, then meets few enough to keep them.
     """
-    return 8 if "16" in str(trainer.precision) else 1
+    if given == "auto":
+        return 8 if trainer is not None and "16" in str(trainer.precision) else 1
+    return given or 1
 
 
 def at_step_boundary(trainer: Any) -> bool:

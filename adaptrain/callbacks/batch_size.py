@@ -170,7 +170,7 @@ class BatchSizeController(AdaptiveCallback):
             memory=memory,
             ranks=Ranks(device),
             by_length=self.split_by == "tokens",
-            multiple=_lightning.pads_to(trainer) if self.pad_to_multiple_of == "auto" else self.pad_to_multiple_of or 1,
+            multiple=_lightning.pads_to(self.pad_to_multiple_of, trainer),
             weight_by=self.weight_by,
             split=self.split,
             measure_noise=noise,

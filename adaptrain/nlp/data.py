@@ -99,7 +99,7 @@ class TokenizedDataModule(_lightning.LightningDataModule):
         self._tokenizer_name = tokenizer
         self._vocab_size = vocab_size
         self._num_workers = num_workers
-        self._pad_to_multiple_of: Any = pad_to_multiple_of
+        self._pad_to_multiple_of: int | Literal["auto"] | None = pad_to_multiple_of
         self._val_fraction = val_fraction
         self._limits = limits
         self._seed = seed
@@ -259,9 +259,7 @@ class TokenizedDataModule(_lightning.LightningDataModule):
         return DataLoader(self._datasets[split], batch_size=batch_size, generator=generator, **self._options())
 
     def _options(self) -> dict[str, Any]:
-        multiple = self._pad_to_multiple_of
-        if multiple == "auto":
-            multiple = _lightning.pads_to(self.trainer) if self.trainer is not None else None
+        multiple = _lightning.pads_to(self._pad_to_multiple_of, self.trainer)
         collator = Collator(self.tokenizer.pad_token_id, pad_to_multiple_of=multiple, max_length=self.max_length)
         return {
             "num_workers": self._num_workers,
