@@ -65,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=3, help="(default: 3)")
     parser.add_argument("--limit", type=int, help="samples of each split (default: all)")
     parser.add_argument("--batch-size", type=int, default=32, help="(default: 32)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="peak of the linear schedule (default: 1e-4)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak of the schedule (default: 1e-4)")
+    parser.add_argument(
+        "--schedule", default="linear", help="of the rate in every arm: linear, wsd, cosine, constant (default: linear)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of each process (default: 2)")
     parser.add_argument("--precision", default="32-true", help="of training, as Lightning names it (default: 32-true)")
     parser.add_argument(
@@ -85,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "limit": args.limit,
         "batch_size": args.batch_size,
         "lr": args.lr,
+        "schedule": args.schedule,
         "threads": args.threads,
         "precision": args.precision,
         "micro_batch_size": args.micro_batch_size,

@@ -8,7 +8,7 @@ import inspect
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptrain.errors import ConfigurationError
 
-_MOST_ROUNDS = 6  # of timed forwards, where the first ones are not enough
-_PAUSE = 0.5  # seconds between them: what keeps the machine busy now may be over then
 _WARM_UP = 2  # forwards of each model before the clock starts: caches, allocator, kernel selection
 
 
@@ -57,20 +55,20 @@ def measure_latency(
     inputs: Mapping[str, Tensor],
     *,
     repeats: int = 20,
-    enough: Callable[[dict[str, float]], bool] | None = None,
 ) -> dict[str, float]:
     """Measures the forward pass of several models against each other.
 
     The models take turns, in an order that rotates, so that a machine that is busy for a while slows all of them and
     not one. Interruptions only ever add time, so the median is over the faster half of each model's turns.
 
+    Where a model's weights lie in memory changes its time on a CPU by several percent for as long as it lives: a
+    comparison that has to be closer than that is to be repeated with models built anew.
+
     Args:
         models: The models by name, all on the device of `inputs`, each called as `model(**inputs)` in evaluation
             mode and without gradients. Their training mode is put back afterwards.
         inputs: The inputs they share.
         repeats: Timed forwards of each model, at least 1.
-        enough: Told the milliseconds by name after that many; where it returns False, as many more are timed half a
-            second later, up to six times as many in all. None: they are always enough.
 
     Returns:
         Milliseconds by name.
@@ -87,17 +85,11 @@ def measure_latency(
         for _ in range(_WARM_UP):
             for name in names:
                 models[name](**inputs)
-        for done in range(_MOST_ROUNDS):
-            if done:
-                time.sleep(_PAUSE)
-            for turn in range(repeats):
-                for position in range(len(names)):
-                    name = names[(turn + position) % len(names)]
-                    times[name].append(_time_ms(models[name], inputs, device))
-            found = {name: statistics.median(sorted(own)[: (len(own) + 1) // 2]) for name, own in times.items()}
-            if enough is None or enough(found):
-                break
-    return found  # pyright: ignore[reportPossiblyUnboundVariable]
+        for turn in range(repeats):
+            for position in range(len(names)):
+                name = names[(turn + position) % len(names)]
+                times[name].append(_time_ms(models[name], inputs, device))
+    return {name: statistics.median(sorted(own)[: (len(own) + 1) // 2]) for name, own in times.items()}
 
 
 def repeats_for(latency_ms: float) -> int:

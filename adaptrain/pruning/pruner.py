@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -23,9 +24,20 @@ from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
 _FITS = 0.97  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
 _AIM = 0.95  # of a latency limit: between the two others
 _NEAR = 0.93  # of a latency limit: below it, more was cut than needed
-_ROUNDS = 6
-_STRIDE = 0.75  # the most that one measurement, which may be off, moves the aim
+_ENOUGH = 3  # measurements that a latency is the mean of
+_MOST = 6  # of them, where what they say is not good enough
+_ALIKE = 0.15  # candidates this near to each other by the table are as far off it as each other
+_PAUSE = 0.5  # seconds before another measurement beyond enough: what keeps the machine busy now may be over then
 _UNIT_NAMES = {"heads": "heads", "ffn": "FFN neurons"}
+
+
+class _Tried(NamedTuple):
+    """A candidate that was measured."""
+
+    structure: Structure
+    expected: float  # by the table, as a share of the limit
+    off: float  # the share of the limit that was measured, by the expected one
+    ratio: float  # the measured fraction of the dense model's latency, by the expected share of the limit
 
 
 class Pruner:
@@ -109,8 +121,10 @@ class Pruner:
     def settle(self, structure: Structure, scores: Scores) -> tuple[Structure, float | None]:
         """Returns the final structure, and its measured latency as a fraction of the dense model's.
 
-        Where latency is limited, the candidate is measured against the dense model, and cut more or less until the
-        measured value is at the limit: what a table interpolates and adds up is not quite what a model takes.
+        Where latency is limited, candidates are measured beside the dense model, by which the table is corrected until
+        it puts the candidate at the limit: what a table interpolates and adds up is not quite what a model takes.
+        One measurement may be off by several percent, so a candidate is judged by the mean of what all those near it
+        were off, and never by its own, by which the luckiest would win.
 
         Args:
             structure: What is left now.
@@ -120,33 +134,39 @@ class Pruner:
         limits = self.limits(1.0)
         if "latency" not in limits:
             return self._solve(structure, scores, limits), None
-        twin = Match(self.match.dense_twin(), self.match.family)
-        inputs = self._inputs(twin)
-        repeats = cost.repeats_for(self.table.dense["latency"])
-        tried: list[tuple[float, float, Structure]] = []
-        aim, fits, fails = limits["latency"] * _AIM, 0.0, math.inf
-        for _ in range(_ROUNDS):
-            candidate = self._solve(structure, scores, {**limits, "latency": aim})
-            models = {"dense": twin.model, "candidate": with_structure(twin, candidate)}
-            times = cost.measure_latency(models, inputs, repeats=repeats)
+        repeats = self._repeats(self.table.dense["latency"])
+        tried: list[_Tried] = []
+        off = 1.0
+        for _ in range(_MOST):
+            candidate = self._solve(structure, scores, {**limits, "latency": limits["latency"] * _AIM / off})
+            expected = self.table.total(structures.widths(candidate))["latency"] / limits["latency"]
+            times = self._beside_dense(lambda twin, c=candidate: with_structure(twin, c), repeats)
             used = max(
-                in_given_unit(name, times["candidate"], times["dense"]) / value
+                in_given_unit(name, times["final"], times["dense"]) / value
                 for name, value in self.target.items()
                 if cost_name(name) == "latency"
             )
-            tried.append((used, times["candidate"] / times["dense"], candidate))
-            if _NEAR <= used <= _FITS or (used <= _FITS and candidate == structure):
+            tried.append(_Tried(candidate, expected, used / expected, times["final"] / times["dense"] / expected))
+            alike = _alike(tried, expected)
+            off = fmean(each.off for each in alike)
+            stuck = candidate == structure and off * expected <= _FITS
+            if len(alike) >= _ENOUGH and (stuck or _NEAR <= off * expected <= _FITS):
                 break
-            fits, fails = (max(fits, aim), fails) if used <= _FITS else (fits, min(fails, aim))
-            aim *= min(1 / _STRIDE, max(_STRIDE, _AIM / used))
-            if not fits < aim < fails:
-                aim = math.sqrt(fits * fails)
         # Of those that fit the slowest, which kept the most; where none fits, the fastest.
-        fitting = [entry for entry in tried if entry[0] <= _FITS]
-        _, measured, chosen = (
-            max(fitting, key=lambda entry: entry[0]) if fitting else min(tried, key=lambda entry: entry[0])
-        )
-        return chosen, measured
+        tried.sort(key=lambda each: each.expected)
+        fitting = [t for t in tried if t.expected * fmean(e.off for e in _alike(tried, t.expected)) <= _FITS]
+        chosen = fitting[-1] if fitting else tried[0]
+        ratio = fmean(each.ratio for each in _alike(tried, chosen.expected))
+        return chosen.structure, chosen.expected * ratio
+
+    def _beside_dense(self, build: Callable[[Match], nn.Module], repeats: int) -> dict[str, float]:
+        """Returns milliseconds of a new dense twin, and of the model that `build` makes of or beside it, in turns."""
+        twin = Match(self.match.dense_twin(), self.match.family)
+        return cost.measure_latency({"dense": twin.model, "final": build(twin)}, self._inputs(twin), repeats=repeats)
+
+    def _repeats(self, latency_ms: float) -> int:
+        """Returns how many forwards a measurement takes: there are several."""
+        return max(1, cost.repeats_for(latency_ms) // 2)
 
     def _solve(self, structure: Structure, scores: Scores, limits: Mapping[str, float]) -> Structure:
         table = self.table
@@ -167,19 +187,22 @@ class Pruner:
         assert self.table is not None
         twin = Match(self.match.dense_twin(), self.match.family)
         inputs = self._inputs(twin)
-        models: dict[str, nn.Module] = {"dense": twin.model, "final": self.match.model}
-        report: dict[str, Any] = {"latency_input": list(self.table.state["shape"])}
         rough = self.table.dense.get("latency")  # not measured yet where it is not limited
         if rough is None:
             rough = cost.measure_latency({"dense": twin.model}, inputs, repeats=1)["dense"]
-        repeats = cost.repeats_for(rough)
-
-        def met(times: dict[str, float]) -> bool:  # a difference of a percent needs more of them
-            return all(each["met"] for each in self._constraints(times) if cost_name(each["name"]) == "latency")
-
-        times = cost.measure_latency(models, inputs, repeats=repeats, enough=met)
-        report["constraints"] = self._constraints(times)
-        for name, model in models.items():
+        repeats, measured = self._repeats(rough), []
+        constraints: list[dict[str, Any]] = []
+        for count in range(1, _MOST + 1):
+            if count > _ENOUGH:
+                time.sleep(_PAUSE)
+            measured.append(self._beside_dense(lambda _: self.match.model, repeats))
+            constraints = self._constraints(_mean(measured))
+            # A difference of a percent needs more of them.
+            if count >= _ENOUGH and all(each["met"] for each in constraints if cost_name(each["name"]) == "latency"):
+                break
+        report: dict[str, Any] = {"latency_input": list(self.table.state["shape"]), "constraints": constraints}
+        times = _mean(measured)
+        for name, model in {"dense": twin.model, "final": self.match.model}.items():
             report[name] = {
                 "params": cost.count_params(model),
                 "flops": cost.count_flops(model, inputs),
@@ -202,6 +225,15 @@ class Pruner:
         assert self.table is not None
         batch, sequence = self.table.state["shape"]
         return match.example_inputs(batch, sequence)
+
+
+def _alike(tried: Sequence[_Tried], expected: float) -> list[_Tried]:
+    """Returns the candidates whose cost by the table is about the same."""
+    return [each for each in tried if abs(each.expected - expected) <= _ALIKE * expected]
+
+
+def _mean(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: fmean(each[name] for each in measured) for name in measured[0]}
 
 
 def _round_to(match: Match, given: str | int | Mapping[str, int]) -> dict[str, int]:

@@ -1,0 +1,111 @@
+"""Decisions about a latency whose truth is known, seen through noise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from torch import nn
+
+from adaptrain.pruning import cost, pruner
+from adaptrain.pruning import structure as structures
+from adaptrain.pruning.families import find_family
+from adaptrain.pruning.importance import magnitude_scores
+from adaptrain.pruning.pruner import Pruner
+from tests.pruning.models import tiny_bert
+
+KINDS = ("heads", "ffn")
+
+
+class Clock:
+    """Stands in for `measure_latency`: milliseconds by the structure, off by as much for as long as a model lives.
+
+    Args:
+        noise: The standard deviation of what a model is off by.
+        seed: Of the noise.
+    """
+
+    def __init__(self, noise: float, seed: int) -> None:
+        self.noise = noise
+        self.random = random.Random(seed)
+        self.slower = 1.0  # how much slower models without some of their units are
+        self.calls = 0
+
+    def true_ms(self, model: nn.Module) -> float:
+        match = find_family(model)
+        widths = structures.widths(structures.current(match))
+        dense = structures.widths(structures.dense(match))
+        units = sum(8 * layer["heads"] + 0.25 * layer["ffn"] for layer in widths)
+        return (5 + units) * (1.0 if widths == dense else self.slower)
+
+    def __call__(self, models: Mapping[str, nn.Module], inputs: Any, *, repeats: int = 20) -> dict[str, float]:
+        self.calls += 1
+        return {name: self.true_ms(model) * self.random.gauss(1.0, self.noise) for name, model in models.items()}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
+    def make(noise: float = 0.0, seed: int = 0) -> Clock:
+        made = Clock(noise, seed)
+        monkeypatch.setattr(cost, "measure_latency", made)
+        monkeypatch.setattr(pruner, "_PAUSE", 0.0)
+        return made
+
+    return make
+
+
+def settled(clock: Clock, target: float, *, slower: float = 1.0) -> tuple[float, float]:
+    """Returns the true share of the limit that the settled structure takes, and the share it was said to take."""
+    match = find_family(tiny_bert(layers=4, ffn=256))
+    decides = Pruner(match, KINDS, {"latency": target}, "auto")
+    clock.slower = 1.0
+    decides.use_table(decides.build_table((4, 8)))
+    clock.slower = slower
+    structure, measured = decides.settle(structures.dense(match), magnitude_scores(match, KINDS))
+    assert measured is not None
+    twin = pruner.Match(match.dense_twin(), match.family)
+    true = clock.true_ms(pruner.with_structure(twin, structure)) / clock.true_ms(match.model)
+    return true / target, measured / target
+
+
+@pytest.mark.parametrize("target", [0.7, 0.3])
+def test_noise_makes_no_winner_of_the_luckiest_candidate(clock: Callable[..., Clock], target: float) -> None:
+    found = [settled(clock(0.03, seed), target) for seed in range(12)]
+    true = [each for each, _ in found]
+    assert 0.9 < sum(true) / len(true) < 0.98
+    assert max(true) < 1.05
+    assert sum(each <= 1.0 for each in true) >= 10
+    said = [said / true for true, said in found]
+    assert 0.98 < sum(said) / len(said) < 1.02  # what is said is not rosier than what is
+
+
+@pytest.mark.parametrize("slower", [0.8, 1.25])
+def test_a_table_that_is_off_is_corrected(clock: Callable[..., Clock], slower: float) -> None:
+    true, said = settled(clock(), 0.5, slower=slower)
+    assert 0.88 < true <= 0.97
+    assert said == pytest.approx(true, abs=0.01)
+
+
+def test_a_structure_that_fits_already_stays(clock: Callable[..., Clock]) -> None:
+    time = clock()
+    match = find_family(tiny_bert(layers=2))
+    decides = Pruner(match, KINDS, {"latency": 0.9}, "auto")
+    decides.use_table(decides.build_table((4, 8)))
+    small = [{"heads": layer["heads"][:1], "ffn": layer["ffn"][:8]} for layer in structures.dense(match)]
+    before = time.calls
+    assert decides.settle(small, magnitude_scores(match, KINDS))[0] == small
+    assert time.calls - before == 3
+
+
+@pytest.mark.parametrize(("target", "times"), [(1.0, 3), (0.5, 6)])
+def test_what_is_not_met_is_measured_again(clock: Callable[..., Clock], target: float, times: int) -> None:
+    time = clock()
+    decides = Pruner(find_family(tiny_bert(layers=2)), KINDS, {"latency": target}, "auto")
+    decides.use_table(decides.build_table((4, 8)))
+    before = time.calls
+    (entry,) = decides.report()["constraints"]
+    assert time.calls - before == times
+    assert entry["value"] == 1.0
+    assert entry["met"] == (target == 1.0)
