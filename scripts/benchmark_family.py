@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=3, help="(3)")
     parser.add_argument("--limit", type=int, help="samples of each split (all)")
     parser.add_argument("--batch-size", type=int, default=32, help="(32)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="peak of the linear schedule (1e-4)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak of the schedule (1e-4)")
+    parser.add_argument("--schedule", default="linear", help="of the rate: linear, wsd, cosine, constant (linear)")
     parser.add_argument("--recovery-steps", type=int, default=60, help="of each member but the best (60)")
     parser.add_argument(
         "--smallest", type=float, default=0.28, help="latency that the family ends at, as a fraction (0.28)"
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     settings = {
         name: getattr(args, name)
-        for name in ("epochs", "limit", "batch_size", "lr", "threads", "precision", "micro_batch_size")
+        for name in ("epochs", "limit", "batch_size", "lr", "threads", "precision", "micro_batch_size", "schedule")
     }
     family = {"recovery_steps": args.recovery_steps, "smallest": args.smallest, "adapters": args.adapters}
     rows = load_results(args.json, settings | family)

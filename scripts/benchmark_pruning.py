@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="(default: 32)")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak of the schedule (default: 1e-4)")
     parser.add_argument(
-        "--schedule", default="linear", help="of the rate in every arm: linear, wsd, cosine, constant (default: linear)"
+        "--schedule", default="wsd", help="of the rate in every arm: linear, wsd, cosine, constant (default: wsd)"
     )
     parser.add_argument("--threads", type=int, default=2, help="of each process (default: 2)")
     parser.add_argument("--precision", default="32-true", help="of training, as Lightning names it (default: 32-true)")

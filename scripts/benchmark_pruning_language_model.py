@@ -35,11 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--flops", type=float, default=0.5, help="of the dense model's, at the end (0.5)")
     parser.add_argument("--batch-size", type=int, default=32, help="sequences of 128 tokens in a step (32)")
     parser.add_argument("--limit", type=int, help="sequences of the validation and the test split (all)")
+    parser.add_argument("--schedule", default="wsd", help="of the rate: linear, cosine, wsd, constant (wsd)")
     parser.add_argument("--threads", type=int, default=2, help="(2)")
     parser.add_argument("--json", type=Path, default=Path("benchmark_pruning_language_model.json"))
     args = parser.parse_args(arguments)
 
-    settings = {name: getattr(args, name) for name in ("steps", "flops", "batch_size", "limit", "threads")}
+    settings = {name: getattr(args, name) for name in ("steps", "flops", "batch_size", "limit", "schedule", "threads")}
     results = load_results(args.json, settings)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # heard by the processes started below
     for seed in args.seeds:
@@ -65,6 +66,7 @@ def run(
     flops: float,
     batch_size: int,
     limit: int | None,
+    schedule: str,
     threads: int,
 ) -> dict[str, Any]:
     """Trains one arm and says what came of it; `like` is what `pruned` came to, for `small`."""
@@ -93,7 +95,7 @@ def run(
 
     def build(width: int) -> Any:
         pl.seed_everything(seed, verbose=False)
-        return CausalLanguageModel(data=data, hidden_size=width, intermediate_size=3 * width)
+        return CausalLanguageModel(data=data, hidden_size=width, intermediate_size=3 * width, schedule=schedule)
 
     def flops_of(module: Any) -> int:
         return cost.count_flops(module.model, cost.example_inputs(module.model, 1, 128))

@@ -235,7 +235,7 @@ def truncated(model: Any, target: float, shape: tuple[int, int]) -> tuple[Any, s
     def build(layers: int, eighths: int) -> Any:
         small = copy.deepcopy(model)
         match = find_family(small)
-        del match.layers[layers:]
+        match.keep_layers(range(layers))
         small.config.num_hidden_layers = layers
         scores, keep = magnitude_scores(match, ("heads", "ffn")), structures.dense(match)
         for layer, kept in enumerate(keep):

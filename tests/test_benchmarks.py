@@ -16,7 +16,9 @@ import psutil
 import pytest
 import torch
 
-from tests.toys import TextModule, quiet_trainer, text_loader, text_samples, weights
+from adaptrain.pruning import cost
+from adaptrain.pruning.families import find_family
+from tests.toys import TextModule, quiet_trainer, text_loader, text_samples, tiny_bert, weights
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -123,6 +125,23 @@ def test_the_pruning_benchmark_refuses_arms_and_options_it_does_not_know(monkeyp
     assert "no arm 'theirs@0.5'" in str(wrong("theirs@0.5"))
     assert "no option 'magic'" in str(wrong("ours+magic@0.5"))
     assert "no option 'layers'" in str(wrong("dense+layers"))
+
+
+def test_the_pruning_benchmark_s_small_model_keeps_first_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import pruning_arms
+
+    def flops_ratio(dense: Any, other: Any, inputs: Any, *, turns: int) -> float:
+        return cost.count_flops(other, inputs) / cost.count_flops(dense, inputs)
+
+    monkeypatch.setattr(pruning_arms, "latency_ratio", flops_ratio)
+    model = tiny_bert(layers=4)
+    small, note = pruning_arms.truncated(model, 0.5, (4, 16))
+    assert note.startswith("first 2 of 4 layers")
+    assert len(find_family(small).layers) == small.config.num_hidden_layers == 2
+    assert len(find_family(model).layers) == 4
+    inputs = cost.example_inputs(model, 4, 16)
+    assert 0.4 < flops_ratio(model, small, inputs, turns=1) <= 0.5
 
 
 @pytest.mark.slow

@@ -49,7 +49,9 @@ class ProgressivePruning(AdaptiveCallback):
     them. What goes is decided over all layers at once, by what it is worth for what it costs; costs are a table of
     parameters, FLOPs and memory, and of latency measured on the training device. The last event measures the real
     structure against the dense one and corrects. Training that ends before its last event is pruned to the target at
-    its end, with a warning.
+    its end, with a warning. What is cut late recovers better where the learning rate is still high, as under
+    warmup-stable-decay (`"wsd"`), than where it falls from the start; so Renda et al. 2020, arXiv:2003.02389, who
+    rewind it.
 
     Checkpoints hold the structure; with this callback a trainer rebuilds the shapes before it loads weights, and
     `adaptrain.load_from_checkpoint` does so without a trainer.

@@ -73,7 +73,8 @@ class TextClassifier(_TextModule):
         lr: Peak learning rate.
         weight_decay: AdamW's, on matrices only, not on biases and norms.
         betas: AdamW's.
-        schedule: `"linear"`, `"cosine"`, `"wsd"` or `"constant"`, over the progress of the run.
+        schedule: `"linear"`, `"cosine"`, `"wsd"` or `"constant"`, over the progress of the run. A rate that stays high
+            until the last fifth leaves `LearningRateController` time to find it, and what is pruned time to recover.
         warmup: Share of the run for the warm-up, in [0, 1).
 
     Raises:
@@ -94,7 +95,7 @@ class TextClassifier(_TextModule):
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),
-        schedule: str = "linear",
+        schedule: str = "wsd",
         warmup: float = 0.05,
     ) -> None:
         _check_task(data, "classification", "TextClassifier", "language_model")
@@ -159,7 +160,8 @@ class CausalLanguageModel(_TextModule):
         lr: Peak learning rate.
         weight_decay: AdamW's, on matrices only, not on biases and norms.
         betas: AdamW's.
-        schedule: `"linear"`, `"cosine"`, `"wsd"` or `"constant"`, over the progress of the run.
+        schedule: `"linear"`, `"cosine"`, `"wsd"` or `"constant"`, over the progress of the run. A rate that stays high
+            until the last fifth leaves `LearningRateController` time to find it, and what is pruned time to recover.
         warmup: Share of the run for the warm-up, in [0, 1).
 
     Raises:
@@ -181,7 +183,7 @@ class CausalLanguageModel(_TextModule):
         lr: float = 2e-3,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
-        schedule: str = "cosine",
+        schedule: str = "wsd",
         warmup: float = 0.05,
     ) -> None:
         _check_task(data, "language_model", "CausalLanguageModel", "classification")

@@ -27,6 +27,7 @@ _NEAR = 0.93  # of a latency limit: below it, more was cut than needed
 _ENOUGH = 3  # measurements that a latency is the mean of
 _MOST = 6  # of them, where what they say is not good enough
 _ALIKE = 0.15  # candidates this near to each other by the table are as far off it as each other
+_LONG_MS = 750.0  # that the forwards of one measurement take together, two of them in any case
 _PAUSE = 0.5  # seconds before another measurement beyond enough: what keeps the machine busy now may be over then
 _UNIT_NAMES = {"heads": "heads", "ffn": "FFN neurons"}
 
@@ -165,8 +166,8 @@ class Pruner:
         return cost.measure_latency({"dense": twin.model, "final": build(twin)}, self._inputs(twin), repeats=repeats)
 
     def _repeats(self, latency_ms: float) -> int:
-        """Returns how many forwards a measurement takes: there are several."""
-        return max(1, cost.repeats_for(latency_ms) // 2)
+        """Returns how many forwards one of several measurements takes: long ones even noise out in themselves."""
+        return max(2, min(cost.repeats_for(latency_ms) // 2, round(_LONG_MS / max(latency_ms, 1e-3))))
 
     def _solve(self, structure: Structure, scores: Scores, limits: Mapping[str, float]) -> Structure:
         table = self.table
