@@ -73,8 +73,9 @@ class TextClassifier(_TextModule):
         lr: Peak learning rate.
         weight_decay: AdamW's, on matrices only, not on biases and norms.
         betas: AdamW's.
-        schedule: `"linear"`, `"cosine"`, `"wsd"` or `"constant"`, over the progress of the run. A rate that stays high
-            until the last fifth leaves `LearningRateController` time to find it, and what is pruned time to recover.
+        schedule: `"linear"`, `"cosine"`, `"wsd"` or `"constant"`, over the progress of the run. Under `"wsd"` the rate
+            stays high until the last fifth: that leaves `LearningRateController` time to find it, and what is pruned
+            time to recover.
         warmup: Share of the run for the warm-up, in [0, 1).
 
     Raises:
@@ -95,7 +96,7 @@ class TextClassifier(_TextModule):
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),
-        schedule: str = "wsd",
+        schedule: str = "linear",
         warmup: float = 0.05,
     ) -> None:
         _check_task(data, "classification", "TextClassifier", "language_model")
@@ -160,8 +161,9 @@ class CausalLanguageModel(_TextModule):
         lr: Peak learning rate.
         weight_decay: AdamW's, on matrices only, not on biases and norms.
         betas: AdamW's.
-        schedule: `"linear"`, `"cosine"`, `"wsd"` or `"constant"`, over the progress of the run. A rate that stays high
-            until the last fifth leaves `LearningRateController` time to find it, and what is pruned time to recover.
+        schedule: `"linear"`, `"cosine"`, `"wsd"` or `"constant"`, over the progress of the run. Under `"wsd"` the rate
+            stays high until the last fifth: that leaves `LearningRateController` time to find it, and what is pruned
+            time to recover.
         warmup: Share of the run for the warm-up, in [0, 1).
 
     Raises:
