@@ -136,12 +136,13 @@ class Pruner:
         if "latency" not in limits:
             return self._solve(structure, scores, limits), None
         repeats = self._repeats(self.table.dense["latency"])
+        shared = self._shared_twin()
         tried: list[_Tried] = []
         off = 1.0
         for _ in range(_MOST):
             candidate = self._solve(structure, scores, {**limits, "latency": limits["latency"] * _AIM / off})
             expected = self.table.total(structures.widths(candidate))["latency"] / limits["latency"]
-            times = self._beside_dense(lambda twin, c=candidate: with_structure(twin, c), repeats)
+            times = self._beside_dense(shared, lambda twin, c=candidate: with_structure(twin, c), repeats)
             used = max(
                 in_given_unit(name, times["final"], times["dense"]) / value
                 for name, value in self.target.items()
@@ -160,9 +161,16 @@ class Pruner:
         ratio = fmean(each.ratio for each in _alike(tried, chosen.expected))
         return chosen.structure, chosen.expected * ratio
 
-    def _beside_dense(self, build: Callable[[Match], nn.Module], repeats: int) -> dict[str, float]:
-        """Returns milliseconds of a new dense twin, and of the model that `build` makes of or beside it, in turns."""
-        twin = Match(self.match.dense_twin(), self.match.family)
+    def _shared_twin(self) -> Match | None:
+        """Returns the dense twin of all measurements, None on a CPU: there each has one of its own."""
+        device = next(self.match.model.parameters()).device
+        return None if device.type == "cpu" else Match(self.match.dense_twin(), self.match.family)
+
+    def _beside_dense(
+        self, shared: Match | None, build: Callable[[Match], nn.Module], repeats: int
+    ) -> dict[str, float]:
+        """Returns milliseconds, in turns, of a dense twin (None: a new one), and of what `build` makes beside it."""
+        twin = shared or Match(self.match.dense_twin(), self.match.family)
         return cost.measure_latency({"dense": twin.model, "final": build(twin)}, self._inputs(twin), repeats=repeats)
 
     def _repeats(self, latency_ms: float) -> int:
@@ -186,23 +194,28 @@ class Pruner:
             each with `name`, `limit`, `value` and `met`.
         """
         assert self.table is not None
-        twin = Match(self.match.dense_twin(), self.match.family)
-        inputs = self._inputs(twin)
+        shared = self._shared_twin()
+
+        def measure(repeats: int) -> dict[str, float]:
+            return self._beside_dense(shared, lambda _: self.match.model, repeats)
+
         rough = self.table.dense.get("latency")  # not measured yet where it is not limited
         if rough is None:
-            rough = cost.measure_latency({"dense": twin.model}, inputs, repeats=1)["dense"]
+            rough = measure(1)["dense"]
         repeats, measured = self._repeats(rough), []
         constraints: list[dict[str, Any]] = []
         for count in range(1, _MOST + 1):
             if count > _ENOUGH:
                 time.sleep(_PAUSE)
-            measured.append(self._beside_dense(lambda _: self.match.model, repeats))
+            measured.append(measure(repeats))
             constraints = self._constraints(_mean(measured))
             # A difference of a percent needs more of them.
             if count >= _ENOUGH and all(each["met"] for each in constraints if cost_name(each["name"]) == "latency"):
                 break
         report: dict[str, Any] = {"latency_input": list(self.table.state["shape"]), "constraints": constraints}
         times = _mean(measured)
+        twin = shared or Match(self.match.dense_twin(), self.match.family)
+        inputs = self._inputs(twin)
         for name, model in {"dense": twin.model, "final": self.match.model}.items():
             report[name] = {
                 "params": cost.count_params(model),
