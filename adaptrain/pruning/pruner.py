@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -24,21 +25,13 @@ from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
 _FITS = 0.97  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
 _AIM = 0.95  # of a latency limit: between the two others
 _NEAR = 0.93  # of a latency limit: below it, more was cut than needed
+_CANDIDATES = 6
+_STRIDE = 0.75  # the most that one value, which may be off, moves the aim
 _ENOUGH = 3  # measurements that a latency is the mean of
-_MOST = 6  # of them, where what they say is not good enough
-_ALIKE = 0.15  # candidates this near to each other by the table are as far off it as each other
+_MOST = 8  # of them, where a limit seems not to be met
 _LONG_MS = 750.0  # that the forwards of one measurement take together, two of them in any case
 _PAUSE = 0.5  # seconds before another measurement beyond enough: what keeps the machine busy now may be over then
 _UNIT_NAMES = {"heads": "heads", "ffn": "FFN neurons"}
-
-
-class _Tried(NamedTuple):
-    """A candidate that was measured."""
-
-    structure: Structure
-    expected: float  # by the table, as a share of the limit
-    off: float  # the share of the limit that was measured, by the expected one
-    ratio: float  # the measured fraction of the dense model's latency, by the expected share of the limit
 
 
 class Pruner:
@@ -122,10 +115,9 @@ class Pruner:
     def settle(self, structure: Structure, scores: Scores) -> tuple[Structure, float | None]:
         """Returns the final structure, and its measured latency as a fraction of the dense model's.
 
-        Where latency is limited, candidates are measured beside the dense model, by which the table is corrected until
-        it puts the candidate at the limit: what a table interpolates and adds up is not quite what a model takes.
-        One measurement may be off by several percent, so a candidate is judged by the mean of what all those near it
-        were off, and never by its own, by which the luckiest would win.
+        Where latency is limited, the candidate is measured against the dense model, and cut more or less until the
+        measured value is at the limit: what a table interpolates and adds up is not quite what a model takes. Each
+        value is the mean of several measurements, so that no candidate wins by one that was lucky.
 
         Args:
             structure: What is left now.
@@ -135,31 +127,34 @@ class Pruner:
         limits = self.limits(1.0)
         if "latency" not in limits:
             return self._solve(structure, scores, limits), None
-        repeats = self._repeats(self.table.dense["latency"])
-        shared = self._shared_twin()
-        tried: list[_Tried] = []
-        off = 1.0
-        for _ in range(_MOST):
-            candidate = self._solve(structure, scores, {**limits, "latency": limits["latency"] * _AIM / off})
-            expected = self.table.total(structures.widths(candidate))["latency"] / limits["latency"]
-            times = self._beside_dense(shared, lambda twin, c=candidate: with_structure(twin, c), repeats)
+        repeats, shared = self._repeats(self.table.dense["latency"]), self._shared_twin()
+        tried: list[tuple[float, float, Structure]] = []
+        aim, fits, fails = limits["latency"] * _AIM, 0.0, math.inf
+        for _ in range(_CANDIDATES):
+            candidate = self._solve(structure, scores, {**limits, "latency": aim})
+
+            def build(twin: Match, candidate: Structure = candidate) -> nn.Module:
+                return with_structure(twin, candidate)
+
+            times = _mean([self._beside_dense(shared, build, repeats) for _ in range(_ENOUGH)])
             used = max(
                 in_given_unit(name, times["final"], times["dense"]) / value
                 for name, value in self.target.items()
                 if cost_name(name) == "latency"
             )
-            tried.append(_Tried(candidate, expected, used / expected, times["final"] / times["dense"] / expected))
-            alike = _alike(tried, expected)
-            off = fmean(each.off for each in alike)
-            stuck = candidate == structure and off * expected <= _FITS
-            if len(alike) >= _ENOUGH and (stuck or _NEAR <= off * expected <= _FITS):
+            tried.append((used, times["final"] / times["dense"], candidate))
+            if _NEAR <= used <= _FITS or (used <= _FITS and candidate == structure):
                 break
+            fits, fails = (max(fits, aim), fails) if used <= _FITS else (fits, min(fails, aim))
+            aim *= min(1 / _STRIDE, max(_STRIDE, _AIM / used))
+            if not fits < aim < fails:
+                aim = math.sqrt(fits * fails)
         # Of those that fit the slowest, which kept the most; where none fits, the fastest.
-        tried.sort(key=lambda each: each.expected)
-        fitting = [t for t in tried if t.expected * fmean(e.off for e in _alike(tried, t.expected)) <= _FITS]
-        chosen = fitting[-1] if fitting else tried[0]
-        ratio = fmean(each.ratio for each in _alike(tried, chosen.expected))
-        return chosen.structure, chosen.expected * ratio
+        fitting = [entry for entry in tried if entry[0] <= _FITS]
+        _, measured, chosen = (
+            max(fitting, key=lambda entry: entry[0]) if fitting else min(tried, key=lambda entry: entry[0])
+        )
+        return chosen, measured
 
     def _shared_twin(self) -> Match | None:
         """Returns the dense twin of all measurements, None on a CPU: there each has one of its own."""
@@ -189,6 +184,9 @@ class Pruner:
     def report(self) -> dict[str, Any]:
         """Measures the model against a dense one.
 
+        On a CPU it is copies of both that are timed, built anew for each measurement: where this process has put the
+        model says nothing about where one will lie that is loaded from a file.
+
         Returns:
             `dense` and `final` with `params`, `flops`, `latency_ms` and `size_bytes`; `latency_input`; `constraints`,
             each with `name`, `limit`, `value` and `met`.
@@ -196,8 +194,11 @@ class Pruner:
         assert self.table is not None
         shared = self._shared_twin()
 
+        def final(twin: Match) -> nn.Module:
+            return self.match.model if shared else with_structure(twin, structures.current(self.match))
+
         def measure(repeats: int) -> dict[str, float]:
-            return self._beside_dense(shared, lambda _: self.match.model, repeats)
+            return self._beside_dense(shared, final, repeats)
 
         rough = self.table.dense.get("latency")  # not measured yet where it is not limited
         if rough is None:
@@ -239,11 +240,6 @@ class Pruner:
         assert self.table is not None
         batch, sequence = self.table.state["shape"]
         return match.example_inputs(batch, sequence)
-
-
-def _alike(tried: Sequence[_Tried], expected: float) -> list[_Tried]:
-    """Returns the candidates whose cost by the table is about the same."""
-    return [each for each in tried if abs(each.expected - expected) <= _ALIKE * expected]
 
 
 def _mean(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
