@@ -51,10 +51,7 @@ def size_on_disk_bytes(model: nn.Module) -> int:
 
 
 def measure_latency(
-    models: Mapping[str, nn.Module],
-    inputs: Mapping[str, Tensor],
-    *,
-    repeats: int = 20,
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, repeats: int = 20
 ) -> dict[str, float]:
     """Measures the forward pass of several models against each other.
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
-
-from torch import nn
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import cost
@@ -25,7 +23,7 @@ from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
 _FITS = 0.97  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
 _AIM = 0.95  # of a latency limit: between the two others
 _NEAR = 0.93  # of a latency limit: below it, more was cut than needed
-_CANDIDATES = 6
+_CANDIDATES = 6  # structures that are measured before one is chosen, at most
 _STRIDE = 0.75  # the most that one value, which may be off, moves the aim
 _ENOUGH = 3  # measurements that a latency is the mean of
 _MOST = 8  # of them, where a limit seems not to be met
@@ -132,11 +130,7 @@ class Pruner:
         aim, fits, fails = limits["latency"] * _AIM, 0.0, math.inf
         for _ in range(_CANDIDATES):
             candidate = self._solve(structure, scores, {**limits, "latency": aim})
-
-            def build(twin: Match, candidate: Structure = candidate) -> nn.Module:
-                return with_structure(twin, candidate)
-
-            times = _mean([self._beside_dense(shared, build, repeats) for _ in range(_ENOUGH)])
+            times = _mean([self._beside_dense(shared, candidate, repeats) for _ in range(_ENOUGH)])
             used = max(
                 in_given_unit(name, times["final"], times["dense"]) / value
                 for name, value in self.target.items()
@@ -161,12 +155,17 @@ class Pruner:
         device = next(self.match.model.parameters()).device
         return None if device.type == "cpu" else Match(self.match.dense_twin(), self.match.family)
 
-    def _beside_dense(
-        self, shared: Match | None, build: Callable[[Match], nn.Module], repeats: int
-    ) -> dict[str, float]:
-        """Returns milliseconds, in turns, of a dense twin (None: a new one), and of what `build` makes beside it."""
+    def _beside_dense(self, shared: Match | None, structure: Structure | None, repeats: int) -> dict[str, float]:
+        """Returns milliseconds, in turns, of a dense twin and of one with another structure.
+
+        Args:
+            shared: The twin; None: a new one.
+            structure: Of the other; None: the model itself.
+            repeats: Timed forwards of each.
+        """
         twin = shared or Match(self.match.dense_twin(), self.match.family)
-        return cost.measure_latency({"dense": twin.model, "final": build(twin)}, self._inputs(twin), repeats=repeats)
+        final = self.match.model if structure is None else with_structure(twin, structure)
+        return cost.measure_latency({"dense": twin.model, "final": final}, self._inputs(twin), repeats=repeats)
 
     def _repeats(self, latency_ms: float) -> int:
         """Returns how many forwards one of several measurements takes: long ones even noise out in themselves."""
@@ -193,22 +192,16 @@ class Pruner:
         """
         assert self.table is not None
         shared = self._shared_twin()
-
-        def final(twin: Match) -> nn.Module:
-            return self.match.model if shared else with_structure(twin, structures.current(self.match))
-
-        def measure(repeats: int) -> dict[str, float]:
-            return self._beside_dense(shared, final, repeats)
-
+        final = None if shared else structures.current(self.match)
         rough = self.table.dense.get("latency")  # not measured yet where it is not limited
         if rough is None:
-            rough = measure(1)["dense"]
+            rough = self._beside_dense(shared, final, 1)["dense"]
         repeats, measured = self._repeats(rough), []
         constraints: list[dict[str, Any]] = []
         for count in range(1, _MOST + 1):
             if count > _ENOUGH:
                 time.sleep(_PAUSE)
-            measured.append(measure(repeats))
+            measured.append(self._beside_dense(shared, final, repeats))
             constraints = self._constraints(_mean(measured))
             # A difference of a percent needs more of them.
             if count >= _ENOUGH and all(each["met"] for each in constraints if cost_name(each["name"]) == "latency"):
