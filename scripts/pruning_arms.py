@@ -265,12 +265,9 @@ def latency_ratio(dense: Any, other: Any, inputs: Any, *, turns: int = 8) -> flo
     Each turn measures copies, since where weights lie in memory changes their time by several percent.
     """
     rough = cost.measure_latency({"dense": dense}, inputs, repeats=2)["dense"]
-    ratios = []
-    for _ in range(turns):
-        models = {"dense": copy.deepcopy(dense), "other": copy.deepcopy(other)}
-        times = cost.measure_latency(models, inputs, repeats=max(1, cost.repeats_for(rough) // 2))
-        ratios.append(times["other"] / times["dense"])
-    return statistics.median(ratios)
+    models, repeats = {"dense": dense, "other": other}, max(1, cost.repeats_for(rough) // 2)
+    each = [cost.measure_latency(models, inputs, repeats=repeats, copies=1) for _ in range(turns)]
+    return statistics.median(times["other"] / times["dense"] for times in each)
 
 
 def run(job: Job) -> dict[str, Any]:

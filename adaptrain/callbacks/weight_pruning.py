@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from typing import Any
@@ -211,8 +212,10 @@ class WeightPruning(AdaptiveCallback):
         inputs = match.example_inputs(*shape)
         dense = with_structure(Match(match.dense_twin(), match.family), structures.current(match))
         rough = cost.measure_latency({"dense": dense}, inputs, repeats=3)["dense"]
-        models = {"masked": match.model, "dense": dense}
-        times = cost.measure_latency(models, inputs, repeats=cost.repeats_for(rough))
+        masked = copy.deepcopy(dense)  # and not the model itself, which may carry hooks
+        masked.load_state_dict(match.model.state_dict())
+        models = {"masked": masked, "dense": dense}
+        times = cost.measure_latency(models, inputs, repeats=cost.repeats_for(rough) // 2, copies=cost.COPIES)
         return {
             "zeros": zero_share(part.weight for part in masked_projections(match).values()),
             "latency": times["masked"] / times["dense"],

@@ -24,15 +24,16 @@ def measure_costs(models: Mapping[str, nn.Module], shape: tuple[int, int]) -> di
         shape: Samples, and tokens of each.
 
     Returns:
-        By name: `latency_ms`, the median time of a forward pass, the models taking turns; `flops` of it; and
-        `peak_memory_bytes`, the most that its weights and tensors occupy at once, as torch's operators see it.
+        By name: `latency_ms` of a forward pass, as `adaptrain.pruning.cost.measure_latency` finds it; `flops` of it;
+        and `peak_memory_bytes`, the most that its weights and tensors occupy at once, as torch's operators see it.
 
     Raises:
         ConfigurationError: A model cannot read a sample of that length.
     """
     inputs = find_family(next(iter(models.values()))).example_inputs(*shape)
     first = cost.measure_latency(models, inputs, repeats=1)
-    latencies = cost.measure_latency(models, inputs, repeats=cost.repeats_for(max(first.values())))
+    repeats = cost.repeats_for(max(first.values())) // 2
+    latencies = cost.measure_latency(models, inputs, repeats=repeats, copies=cost.COPIES)
     return {
         name: {
             "latency_ms": latencies[name],

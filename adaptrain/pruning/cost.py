@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import inspect
 import statistics
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptrain.errors import ConfigurationError
 
+COPIES = 3  # of a model, enough to even out where each of them lies in memory
 _WARM_UP = 2  # forwards of each model before the clock starts: caches, allocator, kernel selection
 
 
@@ -51,28 +53,41 @@ def size_on_disk_bytes(model: nn.Module) -> int:
 
 
 def measure_latency(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, repeats: int = 20
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, repeats: int = 20, copies: int = 0
 ) -> dict[str, float]:
     """Measures the forward pass of several models against each other.
 
     The models take turns, in an order that rotates, so that a machine that is busy for a while slows all of them and
     not one. Interruptions only ever add time, so the median is over the faster half of each model's turns.
 
-    Where a model's weights lie in memory changes its time on a CPU by several percent for as long as it lives: a
-    comparison that has to be closer than that is to be repeated with models built anew.
+    Where a model's weights lie in memory changes its time on a CPU by several percent for as long as it lives, and
+    says nothing about where they will lie in another process: `copies` averages over that.
 
     Args:
         models: The models by name, all on the device of `inputs`, each called as `model(**inputs)` in evaluation
             mode and without gradients. Their training mode is put back afterwards.
         inputs: The inputs they share.
         repeats: Timed forwards of each model, at least 1.
+        copies: How often all of that is done. On a CPU it is deep copies that are timed then, new ones each time;
+            elsewhere the models themselves, since where they lie makes no difference there. 0: once, the models
+            themselves.
 
     Returns:
-        Milliseconds by name.
+        Milliseconds by name, the mean over copies.
     """
+    device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
+    found = []
+    for _ in range(max(1, copies)):
+        timed = copy.deepcopy(dict(models)) if copies and device.type == "cpu" else models
+        found.append(_in_turns(timed, inputs, device, repeats))
+    return {name: statistics.fmean(each[name] for each in found) for name in models}
+
+
+def _in_turns(
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], device: torch.device, repeats: int
+) -> dict[str, float]:
     names = list(models)
     times: dict[str, list[float]] = {name: [] for name in names}
-    device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
     collecting = gc.isenabled()
     with contextlib.ExitStack() as stack:
         for model in models.values():

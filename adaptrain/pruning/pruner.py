@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from torch import nn
+
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
@@ -25,8 +27,7 @@ _AIM = 0.95  # of a latency limit: between the two others
 _NEAR = 0.93  # of a latency limit: below it, more was cut than needed
 _CANDIDATES = 6  # structures that are measured before one is chosen, at most
 _STRIDE = 0.75  # the most that one value, which may be off, moves the aim
-_ENOUGH = 3  # measurements that a latency is the mean of
-_MOST = 8  # of them, where a limit seems not to be met
+_MOST = 8  # measurements of the final model, where a limit seems not to be met
 _LONG_MS = 750.0  # that the forwards of one measurement take together, two of them in any case
 _PAUSE = 0.5  # seconds before another measurement beyond enough: what keeps the machine busy now may be over then
 _UNIT_NAMES = {"heads": "heads", "ffn": "FFN neurons"}
@@ -125,12 +126,12 @@ class Pruner:
         limits = self.limits(1.0)
         if "latency" not in limits:
             return self._solve(structure, scores, limits), None
-        repeats, shared = self._repeats(self.table.dense["latency"]), self._shared_twin()
+        repeats, twin = self._repeats(self.table.dense["latency"]), self._dense_twin()
         tried: list[tuple[float, float, Structure]] = []
         aim, fits, fails = limits["latency"] * _AIM, 0.0, math.inf
         for _ in range(_CANDIDATES):
             candidate = self._solve(structure, scores, {**limits, "latency": aim})
-            times = _mean([self._beside_dense(shared, candidate, repeats) for _ in range(_ENOUGH)])
+            times = self._beside(twin, with_structure(twin, candidate), repeats, cost.COPIES)
             used = max(
                 in_given_unit(name, times["final"], times["dense"]) / value
                 for name, value in self.target.items()
@@ -150,22 +151,13 @@ class Pruner:
         )
         return chosen, measured
 
-    def _shared_twin(self) -> Match | None:
-        """Returns the dense twin of all measurements, None on a CPU: there each has one of its own."""
-        device = next(self.match.model.parameters()).device
-        return None if device.type == "cpu" else Match(self.match.dense_twin(), self.match.family)
+    def _dense_twin(self) -> Match:
+        return Match(self.match.dense_twin(), self.match.family)
 
-    def _beside_dense(self, shared: Match | None, structure: Structure | None, repeats: int) -> dict[str, float]:
-        """Returns milliseconds, in turns, of a dense twin and of one with another structure.
-
-        Args:
-            shared: The twin; None: a new one.
-            structure: Of the other; None: the model itself.
-            repeats: Timed forwards of each.
-        """
-        twin = shared or Match(self.match.dense_twin(), self.match.family)
-        final = self.match.model if structure is None else with_structure(twin, structure)
-        return cost.measure_latency({"dense": twin.model, "final": final}, self._inputs(twin), repeats=repeats)
+    def _beside(self, twin: Match, final: nn.Module, repeats: int, copies: int) -> dict[str, float]:
+        """Returns milliseconds, in turns, of the dense twin and of another model."""
+        models = {"dense": twin.model, "final": final}
+        return cost.measure_latency(models, self._inputs(twin), repeats=repeats, copies=copies)
 
     def _repeats(self, latency_ms: float) -> int:
         """Returns how many forwards one of several measurements takes: long ones even noise out in themselves."""
@@ -183,32 +175,31 @@ class Pruner:
     def report(self) -> dict[str, Any]:
         """Measures the model against a dense one.
 
-        On a CPU it is copies of both that are timed, built anew for each measurement: where this process has put the
-        model says nothing about where one will lie that is loaded from a file.
+        On a CPU it is copies of both that are timed: where this process has put the model says nothing about where one
+        will lie that is loaded from a file.
 
         Returns:
             `dense` and `final` with `params`, `flops`, `latency_ms` and `size_bytes`; `latency_input`; `constraints`,
             each with `name`, `limit`, `value` and `met`.
         """
         assert self.table is not None
-        shared = self._shared_twin()
-        final = None if shared else structures.current(self.match)
+        twin = self._dense_twin()
+        # Not the model itself, which may carry hooks and all that they reach.
+        final = with_structure(twin, structures.current(self.match))
         rough = self.table.dense.get("latency")  # not measured yet where it is not limited
         if rough is None:
-            rough = self._beside_dense(shared, final, 1)["dense"]
-        repeats, measured = self._repeats(rough), []
-        constraints: list[dict[str, Any]] = []
-        for count in range(1, _MOST + 1):
-            if count > _ENOUGH:
-                time.sleep(_PAUSE)
-            measured.append(self._beside_dense(shared, final, repeats))
-            constraints = self._constraints(_mean(measured))
-            # A difference of a percent needs more of them.
-            if count >= _ENOUGH and all(each["met"] for each in constraints if cost_name(each["name"]) == "latency"):
-                break
-        report: dict[str, Any] = {"latency_input": list(self.table.state["shape"]), "constraints": constraints}
+            rough = self._beside(twin, final, 1, 0)["dense"]
+        repeats = self._repeats(rough)
+        measured = [self._beside(twin, final, repeats, 1) for _ in range(cost.COPIES)]
+        # A difference of a percent needs more of them.
+        while len(measured) < _MOST and not self._latency_met(_mean(measured)):
+            time.sleep(_PAUSE)
+            measured.append(self._beside(twin, final, repeats, 1))
         times = _mean(measured)
-        twin = shared or Match(self.match.dense_twin(), self.match.family)
+        report: dict[str, Any] = {
+            "latency_input": list(self.table.state["shape"]),
+            "constraints": self._constraints(times),
+        }
         inputs = self._inputs(twin)
         for name, model in {"dense": twin.model, "final": self.match.model}.items():
             report[name] = {
@@ -218,6 +209,9 @@ class Pruner:
                 "size_bytes": cost.size_on_disk_bytes(model),
             }
         return report
+
+    def _latency_met(self, times: Mapping[str, float]) -> bool:
+        return all(each["met"] for each in self._constraints(times) if cost_name(each["name"]) == "latency")
 
     def _constraints(self, times: Mapping[str, float]) -> list[dict[str, Any]]:
         assert self.table is not None

@@ -85,6 +85,32 @@ def test_each_model_is_timed_as_often_as_asked() -> None:
     assert set(times) == {"it"}
 
 
+def test_copies_are_timed_in_place_of_the_models() -> None:
+    class Twin(nn.Module):
+        def __init__(self, shared: nn.Parameter, seconds: float) -> None:
+            super().__init__()
+            self.shared = shared
+            self.seconds = seconds
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append((id(self), id(self.shared)))
+            time.sleep(self.seconds)
+            return x
+
+    seen: list[tuple[int, int]] = []
+    shared = nn.Parameter(torch.zeros(1))
+    models = {"slow": Twin(shared, 0.01), "fast": Twin(shared, 0.0)}
+    times = measure_latency(models, {"x": torch.ones(1)}, repeats=2, copies=3)
+    assert times["slow"] >= 10 > times["fast"]
+    assert len(seen) == 3 * 2 * (2 + 2)
+    for number in range(3):
+        own = seen[8 * number : 8 * (number + 1)]
+        assert len({model for model, _ in own}) == 2
+        assert len({weight for _, weight in own}) == 1  # what is shared stays shared
+    assert not {id(model) for model in models.values()} & {model for model, _ in seen}
+    assert id(shared) not in {weight for _, weight in seen}
+
+
 def test_more_repeats_for_faster_models() -> None:
     assert [repeats_for(ms) for ms in (0.0, 1, 10, 1000)] == [100, 100, 50, 8]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -40,9 +41,15 @@ class Clock:
         units = sum(8 * layer["heads"] + 0.25 * layer["ffn"] for layer in widths)
         return (5 + units) * (1.0 if widths == dense else self.slower)
 
-    def __call__(self, models: Mapping[str, nn.Module], inputs: Any, *, repeats: int = 20) -> dict[str, float]:
-        self.calls += 1
-        return {name: self.true_ms(model) * self.random.gauss(1.0, self.noise) for name, model in models.items()}
+    def __call__(
+        self, models: Mapping[str, nn.Module], inputs: Any, *, repeats: int = 20, copies: int = 0
+    ) -> dict[str, float]:
+        self.calls += max(1, copies)
+
+        def measured(model: nn.Module) -> float:
+            return self.true_ms(model) * fmean(self.random.gauss(1.0, self.noise) for _ in range(max(1, copies)))
+
+        return {name: measured(model) for name, model in models.items()}
 
 
 @pytest.fixture
