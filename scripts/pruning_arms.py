@@ -65,7 +65,7 @@ class Job:
     threads: int
     precision: Any
     micro_batch_size: int | None
-    schedule: str = "linear"
+    schedule: str
 
     @property
     def method(self) -> str:

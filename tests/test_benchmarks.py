@@ -119,7 +119,7 @@ def test_the_pruning_benchmark_refuses_arms_and_options_it_does_not_know(monkeyp
     from pruning_arms import Job
 
     def wrong(arm: str) -> str | None:
-        return Job(arm, 0, "", "", 1, None, 8, 1e-4, 1, "32-true", None).unknown()
+        return Job(arm, 0, "", "", 1, None, 8, 1e-4, 1, "32-true", None, "wsd").unknown()
 
     assert wrong("ours+layers+distillation@0.5") is None
     assert "no arm 'theirs@0.5'" in str(wrong("theirs@0.5"))
