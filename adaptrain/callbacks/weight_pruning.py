@@ -215,7 +215,7 @@ class WeightPruning(AdaptiveCallback):
         masked = copy.deepcopy(dense)  # and not the model itself, which may carry hooks
         masked.load_state_dict(match.model.state_dict())
         models = {"masked": masked, "dense": dense}
-        times = cost.measure_latency(models, inputs, repeats=cost.repeats_for(rough) // 2, copies=cost.COPIES)
+        times = cost.measure_latency(models, inputs, repeats=cost.repeats_for(rough), copies=cost.COPIES)
         return {
             "zeros": zero_share(part.weight for part in masked_projections(match).values()),
             "latency": times["masked"] / times["dense"],

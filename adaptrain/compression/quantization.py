@@ -171,7 +171,7 @@ def _measure(
     times: dict[str, float] = {}
     if inputs is not None:
         rough = cost.measure_latency({"none": built["none"]}, inputs, repeats=2)["none"]
-        times = cost.measure_latency(built, inputs, repeats=cost.repeats_for(rough) // 2, copies=cost.COPIES)
+        times = cost.measure_latency(built, inputs, repeats=cost.repeats_for(rough), copies=cost.COPIES)
     return [
         Trial(
             method=name,

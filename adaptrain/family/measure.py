@@ -32,7 +32,7 @@ def measure_costs(models: Mapping[str, nn.Module], shape: tuple[int, int]) -> di
     """
     inputs = find_family(next(iter(models.values()))).example_inputs(*shape)
     first = cost.measure_latency(models, inputs, repeats=1)
-    repeats = cost.repeats_for(max(first.values())) // 2
+    repeats = cost.repeats_for(max(first.values()))
     latencies = cost.measure_latency(models, inputs, repeats=repeats, copies=cost.COPIES)
     return {
         name: {

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptrain.errors import ConfigurationError
 
-COPIES = 3  # of a model, enough to even out where each of them lies in memory
-_WARM_UP = 2  # forwards of each model before the clock starts: caches, allocator, kernel selection
+COPIES = 5  # of a model: where one lies in memory is worth 4 or 5%, so that their mean is known to 2%
+_WARM_UP = 1  # forwards of each model before the clock starts: caches, allocator, kernel selection
 
 
 def count_params(model: nn.Module) -> int:
@@ -67,9 +67,9 @@ def measure_latency(
         models: The models by name, all on the device of `inputs`, each called as `model(**inputs)` in evaluation
             mode and without gradients. Their training mode is put back afterwards.
         inputs: The inputs they share.
-        repeats: Timed forwards of each model, at least 1.
-        copies: How often all of that is done. On a CPU it is deep copies that are timed then, new ones each time;
-            elsewhere the models themselves, since where they lie makes no difference there. 0: once, the models
+        repeats: Timed forwards of each model, at least 1; with copies at least two of each.
+        copies: Over how many of each model they are spread. On a CPU these are deep copies, one set of them after the
+            other; elsewhere the models themselves, since where they lie makes no difference there. 0: the models
             themselves.
 
     Returns:
@@ -79,7 +79,7 @@ def measure_latency(
     found = []
     for _ in range(max(1, copies)):
         timed = copy.deepcopy(dict(models)) if copies and device.type == "cpu" else models
-        found.append(_in_turns(timed, inputs, device, repeats))
+        found.append(_in_turns(timed, inputs, device, max(2, repeats // copies) if copies else repeats))
     return {name: statistics.fmean(each[name] for each in found) for name in models}
 
 

@@ -25,10 +25,10 @@ from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
 _FITS = 0.97  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
 _AIM = 0.95  # of a latency limit: between the two others
 _NEAR = 0.93  # of a latency limit: below it, more was cut than needed
+_CLEAR = (0.85, 1.1)  # of a latency limit: outside of it, no measurement is so far off that another one is needed
 _CANDIDATES = 6  # structures that are measured before one is chosen, at most
 _STRIDE = 0.75  # the most that one value, which may be off, moves the aim
-_MOST = 8  # measurements of the final model, where a limit seems not to be met
-_LONG_MS = 750.0  # that the forwards of one measurement take together, two of them in any case
+_MOST = 10  # measurements of the final model, where a limit seems not to be met
 _PAUSE = 0.5  # seconds before another measurement beyond enough: what keeps the machine busy now may be over then
 _UNIT_NAMES = {"heads": "heads", "ffn": "FFN neurons"}
 
@@ -115,8 +115,8 @@ class Pruner:
         """Returns the final structure, and its measured latency as a fraction of the dense model's.
 
         Where latency is limited, the candidate is measured against the dense model, and cut more or less until the
-        measured value is at the limit: what a table interpolates and adds up is not quite what a model takes. Each
-        value is the mean of several measurements, so that no candidate wins by one that was lucky.
+        measured value is at the limit: what a table interpolates and adds up is not quite what a model takes. A
+        value near the limit is the mean of several measurements, so that no candidate wins by one that was lucky.
 
         Args:
             structure: What is left now.
@@ -126,17 +126,16 @@ class Pruner:
         limits = self.limits(1.0)
         if "latency" not in limits:
             return self._solve(structure, scores, limits), None
-        repeats, twin = self._repeats(self.table.dense["latency"]), self._dense_twin()
+        repeats, twin = cost.repeats_for(self.table.dense["latency"]) // cost.COPIES, self._dense_twin()
         tried: list[tuple[float, float, Structure]] = []
         aim, fits, fails = limits["latency"] * _AIM, 0.0, math.inf
         for _ in range(_CANDIDATES):
             candidate = self._solve(structure, scores, {**limits, "latency": aim})
-            times = self._beside(twin, with_structure(twin, candidate), repeats, cost.COPIES)
-            used = max(
-                in_given_unit(name, times["final"], times["dense"]) / value
-                for name, value in self.target.items()
-                if cost_name(name) == "latency"
-            )
+            model, measured = with_structure(twin, candidate), []
+            while not measured or (len(measured) < cost.COPIES and _CLEAR[0] < self._used(_mean(measured)) < _CLEAR[1]):
+                measured.append(self._beside(twin, model, repeats))
+            times = _mean(measured)
+            used = self._used(times)
             tried.append((used, times["final"] / times["dense"], candidate))
             if _NEAR <= used <= _FITS or (used <= _FITS and candidate == structure):
                 break
@@ -146,22 +145,26 @@ class Pruner:
                 aim = math.sqrt(fits * fails)
         # Of those that fit the slowest, which kept the most; where none fits, the fastest.
         fitting = [entry for entry in tried if entry[0] <= _FITS]
-        _, measured, chosen = (
+        _, latency, chosen = (
             max(fitting, key=lambda entry: entry[0]) if fitting else min(tried, key=lambda entry: entry[0])
         )
-        return chosen, measured
+        return chosen, latency
 
     def _dense_twin(self) -> Match:
         return Match(self.match.dense_twin(), self.match.family)
 
-    def _beside(self, twin: Match, final: nn.Module, repeats: int, copies: int) -> dict[str, float]:
-        """Returns milliseconds, in turns, of the dense twin and of another model."""
+    def _beside(self, twin: Match, final: nn.Module, repeats: int) -> dict[str, float]:
+        """Returns milliseconds, in turns, of copies of the dense twin and of another model."""
         models = {"dense": twin.model, "final": final}
-        return cost.measure_latency(models, self._inputs(twin), repeats=repeats, copies=copies)
+        return cost.measure_latency(models, self._inputs(twin), repeats=repeats, copies=1)
 
-    def _repeats(self, latency_ms: float) -> int:
-        """Returns how many forwards one of several measurements takes: long ones even noise out in themselves."""
-        return max(2, min(cost.repeats_for(latency_ms) // 2, round(_LONG_MS / max(latency_ms, 1e-3))))
+    def _used(self, times: Mapping[str, float]) -> float:
+        """Returns the largest share of a latency limit that is used."""
+        return max(
+            in_given_unit(name, times["final"], times["dense"]) / value
+            for name, value in self.target.items()
+            if cost_name(name) == "latency"
+        )
 
     def _solve(self, structure: Structure, scores: Scores, limits: Mapping[str, float]) -> Structure:
         table = self.table
@@ -188,13 +191,13 @@ class Pruner:
         final = with_structure(twin, structures.current(self.match))
         rough = self.table.dense.get("latency")  # not measured yet where it is not limited
         if rough is None:
-            rough = self._beside(twin, final, 1, 0)["dense"]
-        repeats = self._repeats(rough)
-        measured = [self._beside(twin, final, repeats, 1) for _ in range(cost.COPIES)]
+            rough = self._beside(twin, final, 1)["dense"]
+        repeats = cost.repeats_for(rough) // cost.COPIES
+        measured = [self._beside(twin, final, repeats) for _ in range(cost.COPIES)]
         # A difference of a percent needs more of them.
         while len(measured) < _MOST and not self._latency_met(_mean(measured)):
             time.sleep(_PAUSE)
-            measured.append(self._beside(twin, final, repeats, 1))
+            measured.append(self._beside(twin, final, repeats))
         times = _mean(measured)
         report: dict[str, Any] = {
             "latency_input": list(self.table.state["shape"]),

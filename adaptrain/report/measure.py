@@ -155,7 +155,7 @@ def _measure(model: Any, shape: tuple[int, int]) -> dict[str, Any]:
     return {
         "params": cost.count_params(model),
         "flops": cost.count_flops(model, inputs),
-        "latency_ms": cost.measure_latency({"final": model}, inputs, repeats=10, copies=cost.COPIES)["final"],
+        "latency_ms": cost.measure_latency({"final": model}, inputs, copies=cost.COPIES)["final"],
         "size_bytes": cost.size_on_disk_bytes(model),
     }
 
@@ -206,7 +206,7 @@ def _twin_costs(module: Any, final: Column) -> dict[str, Any] | None:
         return None
     inputs = match.example_inputs(*final.latency_input)
     models = {"dense": match.dense_twin(), "final": match.model}
-    latency = cost.measure_latency(models, inputs, repeats=10, copies=cost.COPIES)
+    latency = cost.measure_latency(models, inputs, copies=cost.COPIES)
     return {
         "params": final.params,
         "flops": final.flops,

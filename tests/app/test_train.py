@@ -126,9 +126,7 @@ def test_loggers(command: Command, tiny: list[str], workplace: Path, logger: str
 
 
 @pytest.mark.parametrize("debug", ["fdr", "limit", "overfit", "profiler"])
-def test_debug(
-    command: Command, tiny: list[str], workplace: Path, debug: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_debug(command: Command, tiny: list[str], workplace: Path, debug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Where it was imported before there was any handler, Lightning writes to a stream that no test can read.
     monkeypatch.setattr(logging.getLogger("pytorch_lightning"), "propagate", True)
     short = [item for item in tiny if not item.startswith(("trainer.max_steps", "trainer.val_check"))]

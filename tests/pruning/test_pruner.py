@@ -103,10 +103,10 @@ def test_a_structure_that_fits_already_stays(clock: Callable[..., Clock]) -> Non
     small = [{"heads": layer["heads"][:1], "ffn": layer["ffn"][:8]} for layer in structures.dense(match)]
     before = time.calls
     assert decides.settle(small, magnitude_scores(match, KINDS))[0] == small
-    assert time.calls - before == 3
+    assert time.calls - before == 1  # far below the limit, so one measurement says enough
 
 
-@pytest.mark.parametrize(("target", "times"), [(1.0, 3), (0.5, 8)])
+@pytest.mark.parametrize(("target", "times"), [(1.0, 5), (0.5, 10)])
 def test_what_is_not_met_is_measured_again(clock: Callable[..., Clock], target: float, times: int) -> None:
     time = clock()
     decides = Pruner(find_family(tiny_bert(layers=2)), KINDS, {"latency": target}, "auto")
