@@ -9,7 +9,7 @@ import inspect
 import statistics
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,18 +69,27 @@ def measure_latency(
         inputs: The inputs they share.
         repeats: Timed forwards of each model, at least 1; with copies at least two of each.
         copies: Over how many of each model they are spread. On a CPU these are deep copies, one set of them after the
-            other; elsewhere the models themselves, since where they lie makes no difference there. 0: the models
-            themselves.
+            other, but for weights that all models share; elsewhere the models themselves, since where they lie makes
+            no difference there. 0: the models themselves.
 
     Returns:
         Milliseconds by name, the mean over copies.
     """
     device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
+    shared = _shared(list(models.values()))
     found = []
     for _ in range(max(1, copies)):
-        timed = copy.deepcopy(dict(models)) if copies and device.type == "cpu" else models
+        timed = copy.deepcopy(dict(models), dict(shared)) if copies and device.type == "cpu" else models
         found.append(_in_turns(timed, inputs, device, max(2, repeats // copies) if copies else repeats))
     return {name: statistics.fmean(each[name] for each in found) for name in models}
+
+
+def _shared(models: Sequence[nn.Module]) -> dict[int, Any]:
+    """Returns the parameters by identity that are part of each of several models."""
+    if len(models) < 2:
+        return {}
+    held = [{id(parameter): parameter for parameter in model.parameters()} for model in models]
+    return {key: parameter for key, parameter in held[0].items() if all(key in other for other in held[1:])}
 
 
 def _in_turns(

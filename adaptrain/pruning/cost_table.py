@@ -284,6 +284,20 @@ def _variant(twin: Match, structure: Structure, layers: Sequence[int] | None = N
     return variant
 
 
+def measuring_twin(match: Match) -> Match:
+    """Returns a dense model to measure a model beside.
+
+    What is outside of the layers, embeddings above all, is the model's own, so that it is not held twice.
+    """
+    twin = Match(match.dense_twin(), match.family)
+    inside = {id(parameter) for layer in twin.layers for parameter in layer.parameters()}
+    own = dict(match.model.named_parameters())
+    for name, parameter in twin.model.named_parameters():
+        if id(parameter) not in inside and name in own and own[name].dtype == parameter.dtype:
+            parameter.data = own[name].data
+    return twin
+
+
 def with_structure(twin: Match, structure: Structure) -> nn.Module:
     """Returns a copy of a dense twin with another structure, for measuring."""
     return _variant(twin, structure).model

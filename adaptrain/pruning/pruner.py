@@ -13,7 +13,7 @@ from torch import nn
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
-from adaptrain.pruning.cost_table import CostTable, with_structure
+from adaptrain.pruning.cost_table import CostTable, measuring_twin, with_structure
 from adaptrain.pruning.family import Match
 from adaptrain.pruning.importance import Scores
 from adaptrain.pruning.layers import solve_with_layers
@@ -126,7 +126,7 @@ class Pruner:
         limits = self.limits(1.0)
         if "latency" not in limits:
             return self._solve(structure, scores, limits), None
-        repeats, twin = cost.repeats_for(self.table.dense["latency"]) // cost.COPIES, self._dense_twin()
+        repeats, twin = cost.repeats_for(self.table.dense["latency"]) // cost.COPIES, measuring_twin(self.match)
         tried: list[tuple[float, float, Structure]] = []
         aim, fits, fails = limits["latency"] * _AIM, 0.0, math.inf
         for _ in range(_CANDIDATES):
@@ -149,9 +149,6 @@ class Pruner:
             max(fitting, key=lambda entry: entry[0]) if fitting else min(tried, key=lambda entry: entry[0])
         )
         return chosen, latency
-
-    def _dense_twin(self) -> Match:
-        return Match(self.match.dense_twin(), self.match.family)
 
     def _beside(self, twin: Match, final: nn.Module, repeats: int) -> dict[str, float]:
         """Returns milliseconds, in turns, of copies of the dense twin and of another model."""
@@ -186,7 +183,7 @@ class Pruner:
             each with `name`, `limit`, `value` and `met`.
         """
         assert self.table is not None
-        twin = self._dense_twin()
+        twin = measuring_twin(self.match)
         # Not the model itself, which may carry hooks and all that they reach.
         final = with_structure(twin, structures.current(self.match))
         rough = self.table.dense.get("latency")  # not measured yet where it is not limited

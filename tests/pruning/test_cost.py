@@ -86,29 +86,28 @@ def test_each_model_is_timed_as_often_as_asked() -> None:
 
 
 def test_copies_are_timed_in_place_of_the_models() -> None:
-    class Twin(nn.Module):
+    class Part(nn.Module):
         def __init__(self, shared: nn.Parameter, seconds: float) -> None:
             super().__init__()
             self.shared = shared
+            self.own = nn.Parameter(torch.zeros(1))
             self.seconds = seconds
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.append((id(self), id(self.shared)))
+            seen.append(self)
             time.sleep(self.seconds)
             return x
 
-    seen: list[tuple[int, int]] = []
+    seen: list[Part] = []
     shared = nn.Parameter(torch.zeros(1))
-    models = {"slow": Twin(shared, 0.01), "fast": Twin(shared, 0.0)}
-    times = measure_latency(models, {"x": torch.ones(1)}, repeats=2, copies=3)
+    models = {"slow": Part(shared, 0.01), "fast": Part(shared, 0.0)}
+    times = measure_latency(models, {"x": torch.ones(1)}, repeats=6, copies=3)
     assert times["slow"] >= 10 > times["fast"]
-    assert len(seen) == 3 * 2 * (1 + 2)
-    for number in range(3):
-        own = seen[6 * number : 6 * (number + 1)]
-        assert len({model for model, _ in own}) == 2
-        assert len({weight for _, weight in own}) == 1  # what is shared stays shared
-    assert not {id(model) for model in models.values()} & {model for model, _ in seen}
-    assert id(shared) not in {weight for _, weight in seen}
+    assert len(seen) == 3 * 2 * (1 + 2)  # three copies of two models, one forward to warm up and two that count
+    assert len({id(part) for part in seen}) == 3 * 2
+    originals = {id(part.own) for part in models.values()}
+    assert not originals & {id(part.own) for part in seen}
+    assert all(part.shared is shared for part in seen)  # it costs all of them the same
 
 
 def test_more_repeats_for_faster_models() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
-from adaptrain.pruning.cost_table import CostTable, isotonic, with_structure
+from adaptrain.pruning.cost_table import CostTable, isotonic, measuring_twin, with_structure
 from adaptrain.pruning.families import Match, find_family
 from adaptrain.pruning.surgery import shrink
 from tests.pruning.models import MODELS
@@ -112,3 +112,22 @@ def test_noise_in_times_is_evened_out_and_what_rises_is_kept(seed: int) -> None:
     ]
     assert isotonic(values) == pytest.approx(expected)
     assert isotonic(sorted(values)) == sorted(values)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_measuring_twin_holds_nothing_twice_but_its_layers(name) -> None:
+    match = find_family(MODELS[name]())
+    shrink(match, structure(match, (1, 8)))
+    before = {name: parameter.clone() for name, parameter in match.model.named_parameters()}
+    twin = measuring_twin(match)
+    assert structures.widths(structures.current(twin)) == structures.widths(structures.dense(match))
+    inside = {id(parameter) for layer in twin.layers for parameter in layer.parameters()}
+    own = dict(match.model.named_parameters())
+    outside = [name for name, parameter in twin.model.named_parameters() if id(parameter) not in inside]
+    assert outside
+    for name, parameter in twin.model.named_parameters():
+        same = parameter.data_ptr() == own[name].data_ptr()
+        assert same == (name in outside)
+    smaller = with_structure(twin, structures.current(match))
+    cost.measure_latency({"dense": twin.model, "smaller": smaller}, match.example_inputs(2, 4), repeats=1, copies=2)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in match.model.named_parameters())
