@@ -35,6 +35,7 @@ from adaptrain.pruning.shape import read_shape, typical_shape
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import check_optimizers, shrink
 from adaptrain.pruning.target import read_target
+from adaptrain.resources.host import HeapKeeper
 
 _log = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class ProgressivePruning(AdaptiveCallback):
         self._stop_scoring: Callable[[], None] | None = None
         self._reconstruction: Reconstruction | None = None
         self._report: dict[str, Any] = {}
+        self._give_back = HeapKeeper()
         self._checked = False  # the optimizers' state
         self._done = 0  # events that are over
         self._waited = False  # the event that is due let a validation run first
@@ -214,6 +216,8 @@ class ProgressivePruning(AdaptiveCallback):
         """Prunes where an event is due, after a complete optimizer step."""
         if self._pruner is None or self._scorer is None or not _lightning.at_step_boundary(trainer):
             return
+        if self._done and pl_module.device.type == "cpu":
+            self._give_back()  # a pruned model's tensors have other sizes in every layer
         if not self._checked:
             assert self._match is not None
             check_optimizers(self._match, trainer.optimizers)
@@ -313,6 +317,8 @@ class ProgressivePruning(AdaptiveCallback):
         answer: tuple[Structure, float | None, dict[tuple[int, str], Substitute]] | None = None
         if _lightning.is_rank_zero(trainer):
             share = plan[due - 1].share
+            if due == len(plan):
+                release_memory()  # models are built to be measured, and what a step has used is free
             chosen, took = (
                 pruner.settle(have, scores) if due == len(plan) else (pruner.propose(have, scores, share), None)
             )

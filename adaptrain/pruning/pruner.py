@@ -24,7 +24,7 @@ from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
 
 _FITS = 0.97  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
 _AIM = 0.95  # of a latency limit: between the two others
-_NEAR = 0.93  # of a latency limit: below it, more was cut than needed
+_NEAR = 0.91  # of a latency limit: below it, more was cut than needed
 _CLEAR = (0.85, 1.1)  # of a latency limit: outside of it, no measurement is so far off that another one is needed
 _CANDIDATES = 6  # structures that are measured before one is chosen, at most
 _STRIDE = 0.75  # the most that one value, which may be off, moves the aim

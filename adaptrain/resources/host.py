@@ -23,6 +23,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 __all__ = [
+    "HeapKeeper",
     "HostProbe",
     "HostReading",
     "MemoryLimit",
@@ -49,6 +50,29 @@ def release_free_heap() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+class HeapKeeper:
+    """Gives the heap's free blocks back to the system now and then, in a bounded share of the time.
+
+    Where tensors of many sizes come and go, what is freed fits little of what comes next, and the heap grows by pages
+    that hold nothing. Call it where as little as possible is in use, such as between two steps.
+
+    Args:
+        share: The largest share of the time that giving back may take, in (0, 1).
+    """
+
+    def __init__(self, *, share: float = 1 / 256) -> None:
+        self.share = share
+        self._due = 0.0
+
+    def __call__(self) -> None:
+        """Gives back what is free, unless that was done a short while ago."""
+        began = time.monotonic()
+        if began < self._due:
+            return
+        release_free_heap()
+        self._due = began + (time.monotonic() - began) / self.share
 
 
 def memory_limits(*, proc: Path = PROC, cgroup: Path = CGROUP) -> list[MemoryLimit]:
