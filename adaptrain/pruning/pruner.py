@@ -27,6 +27,7 @@ _AIM = 0.95  # of a latency limit: between the two others
 _NEAR = 0.91  # of a latency limit: below it, more was cut than needed
 _CLEAR = (0.85, 1.1)  # of a latency limit: outside of it, no measurement is so far off that another one is needed
 _CANDIDATES = 6  # structures that are measured before one is chosen, at most
+_CLOSE = 1.06  # an aim that fails over one that fits: what is between them is not worth another candidate
 _STRIDE = 0.75  # the most that one value, which may be off, moves the aim
 _MOST = 10  # measurements of the final model, where a limit seems not to be met
 _PAUSE = 0.5  # seconds before another measurement beyond enough: what keeps the machine busy now may be over then
@@ -140,6 +141,8 @@ class Pruner:
             if _NEAR <= used <= _FITS or (used <= _FITS and candidate == structure):
                 break
             fits, fails = (max(fits, aim), fails) if used <= _FITS else (fits, min(fails, aim))
+            if fails < _CLOSE * fits:
+                break
             aim *= min(1 / _STRIDE, max(_STRIDE, _AIM / used))
             if not fits < aim < fails:
                 aim = math.sqrt(fits * fails)

@@ -116,3 +116,25 @@ def test_what_is_not_met_is_measured_again(clock: Callable[..., Clock], target: 
     assert time.calls - before == times
     assert entry["value"] == 1.0
     assert entry["met"] == (target == 1.0)
+
+
+def test_the_search_ends_where_what_fits_and_what_fails_are_close(clock: Callable[..., Clock]) -> None:
+    """All that is above 0.44 of the dense model takes half as much again: no candidate comes near a limit of 0.5."""
+    time = clock()
+    match = find_family(tiny_bert(layers=4, ffn=256))
+    decides = Pruner(match, KINDS, {"latency": 0.5}, "auto")
+    decides.use_table(decides.build_table((4, 8)))
+    dense, smooth = time.true_ms(match.model), time.true_ms
+
+    def steep(model: nn.Module) -> float:
+        true = smooth(model)
+        return true * (1.5 if 0.44 < true / dense < 1 else 1.0)
+
+    time.true_ms = steep  # type: ignore[method-assign]
+    before = time.calls
+    structure, measured = decides.settle(structures.dense(match), magnitude_scores(match, KINDS))
+    assert measured is not None
+    assert 0.4 < measured <= 0.44
+    assert time.calls - before < 5 * 5
+    twin = pruner.Match(match.dense_twin(), match.family)
+    assert smooth(pruner.with_structure(twin, structure)) / dense == pytest.approx(measured, abs=0.001)
