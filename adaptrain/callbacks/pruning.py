@@ -216,7 +216,7 @@ class ProgressivePruning(AdaptiveCallback):
         """Prunes where an event is due, after a complete optimizer step."""
         if self._pruner is None or self._scorer is None or not _lightning.at_step_boundary(trainer):
             return
-        if self._done and pl_module.device.type == "cpu":
+        if self._done and not self.dry_run and pl_module.device.type == "cpu":
             self._give_back()  # a pruned model's tensors have other sizes in every layer
         if not self._checked:
             assert self._match is not None

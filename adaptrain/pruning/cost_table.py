@@ -293,8 +293,9 @@ def measuring_twin(match: Match) -> Match:
     inside = {id(parameter) for layer in twin.layers for parameter in layer.parameters()}
     own = dict(match.model.named_parameters())
     for name, parameter in twin.model.named_parameters():
-        if id(parameter) not in inside and name in own and own[name].dtype == parameter.dtype:
-            parameter.data = own[name].data
+        held = own.get(name, parameter)
+        if id(parameter) not in inside and (held.dtype, held.shape) == (parameter.dtype, parameter.shape):
+            parameter.data = held.data
     return twin
 
 

@@ -30,7 +30,7 @@ _CANDIDATES = 6  # structures that are measured before one is chosen, at most
 _CLOSE = 1.06  # an aim that fails over one that fits: what is between them is not worth another candidate
 _STRIDE = 0.75  # the most that one value, which may be off, moves the aim
 _MOST = 10  # measurements of the final model, where a limit seems not to be met
-_PAUSE = 0.5  # seconds before another measurement beyond enough: what keeps the machine busy now may be over then
+_PAUSE = 0.5  # seconds before each of them beyond the usual: what keeps the machine busy now may be over then
 _UNIT_NAMES = {"heads": "heads", "ffn": "FFN neurons"}
 
 
