@@ -317,7 +317,7 @@ class ProgressivePruning(AdaptiveCallback):
         answer: tuple[Structure, float | None, dict[tuple[int, str], Substitute]] | None = None
         if _lightning.is_rank_zero(trainer):
             share = plan[due - 1].share
-            if due == len(plan):
+            if due == len(plan) and pruner.measures:
                 release_memory()  # models are built to be measured, and what a step has used is free
             chosen, took = (
                 pruner.settle(have, scores) if due == len(plan) else (pruner.propose(have, scores, share), None)

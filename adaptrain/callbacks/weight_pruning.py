@@ -211,11 +211,9 @@ class WeightPruning(AdaptiveCallback):
         match, shape = self._match, typical_shape(trainer.train_dataloader)
         inputs = match.example_inputs(*shape)
         dense = with_structure(Match(match.dense_twin(), match.family), structures.current(match))
-        rough = cost.measure_latency({"dense": dense}, inputs, repeats=3)["dense"]
         masked = copy.deepcopy(dense)  # and not the model itself, which may carry hooks
         masked.load_state_dict(match.model.state_dict())
-        models = {"masked": masked, "dense": dense}
-        times = cost.measure_latency(models, inputs, repeats=cost.repeats_for(rough), copies=cost.COPIES)
+        times = cost.measure_latency({"masked": masked, "dense": dense}, inputs, copies=cost.COPIES)
         return {
             "zeros": zero_share(part.weight for part in masked_projections(match).values()),
             "latency": times["masked"] / times["dense"],

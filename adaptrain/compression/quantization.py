@@ -168,10 +168,7 @@ def _choose(trials: Sequence[Trial], mode: str, max_drop: float, minimize: str) 
 def _measure(
     built: Mapping[str, Any], inputs: Mapping[str, Tensor] | None, evaluate: Callable[[Any], float] | None
 ) -> list[Trial]:
-    times: dict[str, float] = {}
-    if inputs is not None:
-        rough = cost.measure_latency({"none": built["none"]}, inputs, repeats=2)["none"]
-        times = cost.measure_latency(built, inputs, repeats=cost.repeats_for(rough), copies=cost.COPIES)
+    times = {} if inputs is None else cost.measure_latency(built, inputs, copies=cost.COPIES)
     return [
         Trial(
             method=name,

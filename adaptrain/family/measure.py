@@ -31,9 +31,7 @@ def measure_costs(models: Mapping[str, nn.Module], shape: tuple[int, int]) -> di
         ConfigurationError: A model cannot read a sample of that length.
     """
     inputs = find_family(next(iter(models.values()))).example_inputs(*shape)
-    first = cost.measure_latency(models, inputs, repeats=1)
-    repeats = cost.repeats_for(max(first.values()))
-    latencies = cost.measure_latency(models, inputs, repeats=repeats, copies=cost.COPIES)
+    latencies = cost.measure_latency(models, inputs, copies=cost.COPIES)
     return {
         name: {
             "latency_ms": latencies[name],

@@ -53,7 +53,7 @@ def size_on_disk_bytes(model: nn.Module) -> int:
 
 
 def measure_latency(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, repeats: int = 20, copies: int = 0
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], *, repeats: int | None = None, copies: int = 0
 ) -> dict[str, float]:
     """Measures the forward pass of several models against each other.
 
@@ -67,7 +67,8 @@ def measure_latency(
         models: The models by name, all on the device of `inputs`, each called as `model(**inputs)` in evaluation
             mode and without gradients. Their training mode is put back afterwards.
         inputs: The inputs they share.
-        repeats: Timed forwards of each model, at least 1; with copies at least two of each.
+        repeats: Timed forwards of each model, at least 1; with copies at least two of each. None: as many as
+            `repeats_for` says for the slowest model, by one forward of each.
         copies: Over how many of each model they are spread. On a CPU these are deep copies, one set of them after the
             other, but for weights that all models share; elsewhere the models themselves, since where they lie makes
             no difference there. 0: the models themselves.
@@ -76,6 +77,8 @@ def measure_latency(
         Milliseconds by name, the mean over copies.
     """
     device = next((tensor.device for tensor in inputs.values()), torch.device("cpu"))
+    if repeats is None:
+        repeats = repeats_for(max(_in_turns(models, inputs, device, 1).values()))
     shared = _shared(list(models.values()))
     found = []
     for _ in range(max(1, copies)):

@@ -25,7 +25,8 @@ from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
 _FITS = 0.97  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
 _AIM = 0.95  # of a latency limit: between the two others
 _NEAR = 0.91  # of a latency limit: below it, more was cut than needed
-_CLEAR = (0.85, 1.1)  # of a latency limit: outside of it, no measurement is so far off that another one is needed
+_SPREAD = 0.045  # standard deviation of one measured ratio, as a share of it
+_LUCKY = 2  # measurements that may agree by chance: a candidate is chosen by more of them
 _CANDIDATES = 6  # structures that are measured before one is chosen, at most
 _CLOSE = 1.06  # an aim that fails over one that fits: what is between them is not worth another candidate
 _STRIDE = 0.75  # the most that one value, which may be off, moves the aim
@@ -67,10 +68,14 @@ class Pruner:
         self.round_to = _round_to(match, round_to)
         self.uniform = {kind: uniform_widths(match, kind, self.round_to[kind]) for kind in self.kinds if uniform}
 
+    @property
+    def measures(self) -> bool:
+        """Whether latency is limited, so that models are built and timed."""
+        return any(cost_name(name) == "latency" for name in self.target)
+
     def build_table(self, shape: tuple[int, int]) -> dict[str, Any]:
         """Computes and measures what structures cost at a (batch, sequence), as plain Python for `use_table`."""
-        latency = any(cost_name(name) == "latency" for name in self.target)
-        return CostTable.build(self.match, self.kinds, shape, latency=latency, layers=self.layers).state
+        return CostTable.build(self.match, self.kinds, shape, latency=self.measures, layers=self.layers).state
 
     def use_table(self, state: Mapping[str, Any]) -> None:
         """Takes a cost table.
@@ -116,8 +121,8 @@ class Pruner:
         """Returns the final structure, and its measured latency as a fraction of the dense model's.
 
         Where latency is limited, the candidate is measured against the dense model, and cut more or less until the
-        measured value is at the limit: what a table interpolates and adds up is not quite what a model takes. A
-        value near the limit is the mean of several measurements, so that no candidate wins by one that was lucky.
+        measured value is at the limit: what a table interpolates and adds up is not quite what a model takes. Each
+        candidate is measured until the mean tells whether it will do, so that none wins by one that was lucky.
 
         Args:
             structure: What is left now.
@@ -125,7 +130,7 @@ class Pruner:
         """
         assert self.table is not None
         limits = self.limits(1.0)
-        if "latency" not in limits:
+        if not self.measures:
             return self._solve(structure, scores, limits), None
         repeats, twin = cost.repeats_for(self.table.dense["latency"]) // cost.COPIES, measuring_twin(self.match)
         tried: list[tuple[float, float, Structure]] = []
@@ -133,7 +138,7 @@ class Pruner:
         for _ in range(_CANDIDATES):
             candidate = self._solve(structure, scores, {**limits, "latency": aim})
             model, measured = with_structure(twin, candidate), []
-            while not measured or (len(measured) < cost.COPIES and _CLEAR[0] < self._used(_mean(measured)) < _CLEAR[1]):
+            while len(measured) < cost.COPIES and not self._decided(measured):
                 measured.append(self._beside(twin, model, repeats))
             times = _mean(measured)
             used = self._used(times)
@@ -157,6 +162,14 @@ class Pruner:
         """Returns milliseconds, in turns, of copies of the dense twin and of another model."""
         models = {"dense": twin.model, "final": final}
         return cost.measure_latency(models, self._inputs(twin), repeats=repeats, copies=1)
+
+    def _decided(self, measured: Sequence[Mapping[str, float]]) -> bool:
+        """Whether measurements of a candidate tell by two standard errors that it will do, or that it will not."""
+        if not measured:
+            return False
+        used, doubt = self._used(_mean(measured)), 2 * _SPREAD / math.sqrt(len(measured))
+        will_do = len(measured) > _LUCKY and _NEAR <= used <= 1 - doubt
+        return will_do or used < _NEAR - doubt or used > _FITS + doubt
 
     def _used(self, times: Mapping[str, float]) -> float:
         """Returns the largest share of a latency limit that is used."""

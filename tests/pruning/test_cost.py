@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from adaptrain import ConfigurationError
+from adaptrain.pruning import cost
 from adaptrain.pruning.cost import (
     count_flops,
     count_params,
@@ -83,6 +84,17 @@ def test_each_model_is_timed_as_often_as_asked() -> None:
     times = measure_latency({"it": model}, {"x": torch.ones(1)}, repeats=4)
     assert len(calls) == 1 + 4  # after one to warm up
     assert set(times) == {"it"}
+
+
+def test_how_often_follows_from_the_slowest_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(cost, "repeats_for", lambda latency: asked.append(latency) or 6)
+    fast, slow = Sleeps(0.0), Sleeps(0.01)
+    calls: list[float] = []
+    slow.register_forward_hook(lambda *_: calls.append(time.perf_counter()))
+    measure_latency({"fast": fast, "slow": slow}, {"x": torch.ones(1)})
+    assert asked[0] >= 10
+    assert len(calls) == (1 + 1) + (1 + 6)  # one that counts to know how often, then as often
 
 
 def test_copies_are_timed_in_place_of_the_models() -> None:

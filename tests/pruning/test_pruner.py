@@ -42,7 +42,7 @@ class Clock:
         return (5 + units) * (1.0 if widths == dense else self.slower)
 
     def __call__(
-        self, models: Mapping[str, nn.Module], inputs: Any, *, repeats: int = 20, copies: int = 0
+        self, models: Mapping[str, nn.Module], inputs: Any, *, repeats: int | None = None, copies: int = 0
     ) -> dict[str, float]:
         self.calls += max(1, copies)
 
@@ -104,6 +104,20 @@ def test_a_structure_that_fits_already_stays(clock: Callable[..., Clock]) -> Non
     before = time.calls
     assert decides.settle(small, magnitude_scores(match, KINDS))[0] == small
     assert time.calls - before == 1  # far below the limit, so one measurement says enough
+
+
+def test_a_candidate_is_measured_until_it_is_clear_whether_it_will_do(clock: Callable[..., Clock]) -> None:
+    time = clock()
+    match = find_family(tiny_bert(layers=4, ffn=256))
+    decides = Pruner(match, KINDS, {"latency": 0.5}, "auto")
+    decides.use_table(decides.build_table((4, 8)))
+    before = time.calls
+    decides.settle(structures.dense(match), magnitude_scores(match, KINDS))
+    assert 3 <= time.calls - before < cost.COPIES  # the table is right, so that it is the first one
+    time.slower = 1.0 / 0.95 + 0.01  # just above what counts as fitting: not to be told from it by a few
+    before = time.calls
+    decides.settle(structures.dense(match), magnitude_scores(match, KINDS))
+    assert time.calls - before > cost.COPIES
 
 
 @pytest.mark.parametrize(("target", "times"), [(1.0, 5), (0.5, 10)])
