@@ -27,6 +27,10 @@ EVENTS = 3
 RATES = (1.0, 0.5, 2.0)  # of the rate, for the members of a soup
 AWARE = ("int8_dynamic", "int4_weight")
 AWARE_FROM = 0.8  # of training: its last fifth
+FREEZING: dict[str, dict[str, Any]] = {
+    "freezing by schedule": {},
+    "freezing by signal": {"by": "signal", "most": 0.5, "begin": 0.3},
+}
 ADAPTERS_RATE = 10.0  # of the rate: adapters want a higher one (Hu et al. 2021)
 
 
@@ -41,7 +45,7 @@ def run(
             "cascade": lambda: _cascade(job, Path(folder), recovery_steps, smallest),
             "elastic": lambda: _elastic(job, Path(folder), recovery_steps, smallest),
             "soup": lambda: _soup(job, folder),
-            "freezing": lambda: _freezing(job, folder),
+            "freezing": lambda: [_freezing(job, str(arm), folder)],
             "aware": lambda: _aware(job, folder),
             "adapters": lambda: [_adapters(job, str(arm), folder, adapters)],
         }[part]()
@@ -236,23 +240,16 @@ def _soup(job: Job, folder: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _freezing(job: Job, folder: str) -> list[dict[str, Any]]:
-    """The same fine-tuning without and with frozen layers."""
-    rows = []
-    arms: dict[str, list[Any]] = {
-        "dense": [],
-        "freezing by signal": [adaptrain.LayerFreezing()],
-        "freezing the first layer": [adaptrain.LayerFreezing(by="schedule", most=0.17, begin=0.0, end=0.1)],
-    }
-    for name, callbacks in arms.items():
-        data, module = prepare(job)
-        trainer = make_trainer(job, callbacks, f"{folder}/{name}")
-        began = time.perf_counter()
-        pl.seed_everything(job.seed, verbose=False)
-        trainer.fit(module, data)
-        row = {"arm": name, "wall_s": time.perf_counter() - began, "latency": 1.0}
-        rows.append(row | _accuracies(trainer, module, data, module.model))
-    return rows
+def _freezing(job: Job, arm: str, folder: str) -> dict[str, Any]:
+    """Fine-tunes all layers, or freezes the first ones on the way."""
+    callbacks = [] if arm == "no layer frozen" else [adaptrain.LayerFreezing(**FREEZING[arm])]
+    data, module = prepare(job)
+    trainer = make_trainer(job, callbacks, folder)
+    began = time.perf_counter()
+    pl.seed_everything(job.seed, verbose=False)
+    trainer.fit(module, data)
+    row = {"arm": arm, "wall_s": time.perf_counter() - began, "latency": 1.0}
+    return row | _accuracies(trainer, module, data, module.model)
 
 
 class Clock(pl.Callback):

@@ -19,7 +19,7 @@ class Freezing:
 
     is how fast a layer still changes its course; layers go from the first one up for as long as their η is at most the
     median over the layers that train. `"schedule"` freezes them evenly between `begin` and `end`, whatever they do, as
-    FreezeOut (Brock et al. 2017, arXiv:1706.04983).
+    FreezeOut (Brock et al. 2017, arXiv:1706.04983), which also anneals each layer's rate before it goes.
 
     Where the loss of a window is surely above that of the window before the last layer went (z > 3 standard errors),
     all thaw, and none goes for 4 windows, then 8, and so on.
