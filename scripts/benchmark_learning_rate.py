@@ -15,9 +15,9 @@ Every method trains each task at seven rates over 3.5 decades, with the same ste
 
 Parts: `rates` (the above), `faults` (a batch that is not a number, ten times the rate for 20 steps, four times the
 batch, half of the FLOPs pruned, each at half of the run, for cosine at its best rate, and for those of the methods
-that are cosine with a controller), `overhead` (seconds of a step with and without the controller, in turns). A
-diverged run counts as the untrained model. Rates are chosen on validation data, results are of the test data. Each run
-is appended to the JSON file, and left out when run again.
+that are cosine with a controller), `overhead` (seconds of each step of a whole run with and without the controller,
+in turns). A diverged run counts as the untrained model. Rates are chosen on validation data, results are of the test
+data. Each run is appended to the JSON file, and left out when run again.
 
     pip install 'adaptrain[bench]'
     python scripts/benchmark_learning_rate.py                                    # the small tasks
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="(0 1 2 3 4)")
     parser.add_argument("--rates", nargs="+", type=float, help="in place of the tasks' own seven")
     parser.add_argument("--steps", type=int, help="optimizer steps, in place of the tasks' own numbers")
+    parser.add_argument("--batch-size", type=int, help="samples of a step, in place of the tasks' own numbers")
     parser.add_argument("--model", help="folder of a pretrained encoder, for --tasks encoder")
     parser.add_argument("--data", help="folder with train.tsv, dev.tsv and test.tsv, for --tasks encoder")
     parser.add_argument("--precision", default="32-true", help="of training, as Lightning names it (%(default)s)")
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # heard by the processes started below
     from learning_rate_arms import ADAM_ALONE, controller, make_task
 
-    settings: dict[str, Any] = {name: getattr(args, name) for name in ("steps", "precision", "optimizer")}
+    changed = ("steps", "batch_size", "precision", "optimizer")
+    settings: dict[str, Any] = {name: getattr(args, name) for name in changed}
     tasks = [make_task(name, model=args.model, data=args.data, **settings) for name in args.tasks]
     methods = _chosen(args.methods)
     if args.optimizer != "adamw":
@@ -187,16 +189,19 @@ def fault_jobs(
     return jobs
 
 
-def measure_overhead(task: Any, *, steps: int = 60, repeats: int = 3) -> list[dict[str, Any]]:
-    """Times a training step with the controller beside the same without it, step by step in turns."""
+def measure_overhead(task: Any, *, repeats: int = 3) -> list[dict[str, Any]]:
+    """Times a whole run with the controller beside the same without it, step by step in turns.
+
+    It is a whole run, since the controller looks at every step while it searches, and at some of them later.
+    """
     from learning_rate_arms import fit_endlessly
     from lockstep import lockstep
 
     rows = []
     for repeat in range(repeats):
-        arms = {"plain": "cosine", "ours": "cosine+ours", "plain again": "cosine"}
-        fits = {name: partial(fit_endlessly, task, method, steps + 4) for name, method in arms.items()}
-        times = lockstep(fits, steps=steps, seed=repeat)
+        arms = {"plain": "wsd", "ours": "wsd+ours", "plain again": "wsd"}
+        fits = {name: partial(fit_endlessly, task, method, task.steps + 4) for name, method in arms.items()}
+        times = lockstep(fits, steps=task.steps, seed=repeat)
         for name, taken in times.items():
             ratios = [own / base for own, base in zip(taken, times["plain"], strict=True)]
             row = {"task": task.name, "method": f"overhead {name}", "seed": repeat}

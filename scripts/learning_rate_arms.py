@@ -136,10 +136,11 @@ def make_task(
     model: str | None,
     data: str | None,
     steps: int | None,
+    batch_size: int | None = None,
     precision: str = "32-true",
     optimizer: str = "adamw",
 ) -> Task:
-    """Returns a task by its name; `steps` replaces its own number, and rates for SGD its own for AdamW."""
+    """Returns a task by its name; `steps` and `batch_size` replace its own, and rates for SGD those for AdamW."""
     usual = {
         "language_model": (300, 16, decades(3e-5, 1e-1)),
         "classifier": (300, 32, decades(1e-5, 3e-2)),
@@ -147,9 +148,9 @@ def make_task(
         "long_language_model": (400, 16, decades(3e-5, 1e-1)),
         "wide_classifier": (400, 16, decades(1e-5, 3e-2)),
     }
-    own_steps, batch_size, rates = usual[name]
+    own_steps, own_batch_size, rates = usual[name]
     rates = decades(1e-3, 3.0) if optimizer == "sgd" else rates
-    return Task(name, steps or own_steps, batch_size, rates, model, data, precision, optimizer)
+    return Task(name, steps or own_steps, batch_size or own_batch_size, rates, model, data, precision, optimizer)
 
 
 # Methods ---------------------------------------------------------------------------------------------------------
@@ -412,7 +413,7 @@ def fit_endlessly(task: Task, method: str, steps: int, turn: Any) -> None:
     be_quiet()
     pl.seed_everything(0, verbose=False)
     data = _data(task, 0)
-    module = task.module(data, lr=sorted(task.rates)[3], schedule="cosine")
+    module = task.module(data, lr=sorted(task.rates)[3], schedule=method.partition("+")[0])
     ours = [controller(method)] if controller(method) is not None else []
     trainer = _trainer(dataclasses.replace(task, steps=steps), [turn, *ours])
     trainer.fit(module, train_dataloaders=data.train_dataloader())
