@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from adaptrain.errors import ConfigurationError
 
 COPIES = 5  # of a model: where one lies in memory is worth 4 or 5%, so that their mean is known to 2%
-_WARM_UP = 1  # forwards of each model before the clock starts: caches, allocator, kernel selection
 
 
 def count_params(model: nn.Module) -> int:
@@ -80,10 +79,14 @@ def measure_latency(
     if repeats is None:
         repeats = repeats_for(max(_in_turns(models, inputs, device, 1).values()))
     shared = _shared(list(models.values()))
+    each = max(2, repeats // copies) if copies else repeats
     found = []
     for _ in range(max(1, copies)):
-        timed = copy.deepcopy(dict(models), dict(shared)) if copies and device.type == "cpu" else models
-        found.append(_in_turns(timed, inputs, device, max(2, repeats // copies) if copies else repeats))
+        if copies and device.type == "cpu":
+            timed = copy.deepcopy(dict(models), dict(shared))
+            found.append(_in_turns(timed, inputs, device, each, warm_up=False))  # copying was enough of it
+        else:
+            found.append(_in_turns(models, inputs, device, each))
     return {name: statistics.fmean(each[name] for each in found) for name in models}
 
 
@@ -96,8 +99,14 @@ def _shared(models: Sequence[nn.Module]) -> dict[int, Any]:
 
 
 def _in_turns(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], device: torch.device, repeats: int
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    device: torch.device,
+    repeats: int,
+    *,
+    warm_up: bool = True,
 ) -> dict[str, float]:
+    """Returns milliseconds by name; `warm_up`: after a forward of each for caches, allocator and kernel selection."""
     names = list(models)
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -106,9 +115,8 @@ def _in_turns(
             stack.enter_context(evaluating(model))
         gc.disable()
         stack.callback(gc.enable if collecting else gc.disable)
-        for _ in range(_WARM_UP):
-            for name in names:
-                models[name](**inputs)
+        for name in names if warm_up else ():
+            models[name](**inputs)
         for turn in range(repeats):
             for position in range(len(names)):
                 name = names[(turn + position) % len(names)]

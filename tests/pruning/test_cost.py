@@ -115,7 +115,7 @@ def test_copies_are_timed_in_place_of_the_models() -> None:
     models = {"slow": Part(shared, 0.01), "fast": Part(shared, 0.0)}
     times = measure_latency(models, {"x": torch.ones(1)}, repeats=6, copies=3)
     assert times["slow"] >= 10 > times["fast"]
-    assert len(seen) == 3 * 2 * (1 + 2)  # three copies of two models, one forward to warm up and two that count
+    assert len(seen) == 3 * 2 * 2  # three copies of two models, two forwards of each
     assert len({id(part) for part in seen}) == 3 * 2
     originals = {id(part.own) for part in models.values()}
     assert not originals & {id(part.own) for part in seen}
