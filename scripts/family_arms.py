@@ -28,8 +28,8 @@ RATES = (1.0, 0.5, 2.0)  # of the rate, for the members of a soup
 AWARE = ("int8_dynamic", "int4_weight")
 AWARE_FROM = 0.8  # of training: its last fifth
 FREEZING: dict[str, dict[str, Any]] = {
-    "freezing by schedule": {},
-    "freezing by signal": {"by": "signal", "most": 0.5, "begin": 0.3},
+    "freezing by schedule": {"by": "schedule", "most": 0.67, "begin": 0.4, "end": 0.6},
+    "freezing by signal": {},
 }
 ADAPTERS_RATE = 10.0  # of the rate: adapters want a higher one (Hu et al. 2021)
 

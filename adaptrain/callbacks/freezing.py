@@ -1,4 +1,4 @@
-"""Stops training the first layers once they have learned most of what they will, which saves their backward pass."""
+"""Stops training the first layers once they hardly change, which saves their backward pass."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class LayerFreezing(AdaptiveCallback):
     all ranks alike.
 
     Args:
-        by: `"schedule"`: evenly from `begin` to `end` (FreezeOut); `"signal"`: layers whose gradients change least
-            (AutoFreeze); see `adaptrain.policies.freezing`.
+        by: `"signal"`: layers whose gradients change least (AutoFreeze); `"schedule"`: evenly from `begin` to `end`
+            (FreezeOut); see `adaptrain.policies.freezing`.
         most: The largest share of the layers to freeze, in (0, 1); at least one layer trains.
         begin: The share of training, in [0, 1), before which nothing is frozen.
         end: The share, above `begin`, at which `"schedule"` has frozen the last layer.
@@ -50,17 +50,17 @@ class LayerFreezing(AdaptiveCallback):
     def __init__(
         self,
         *,
-        by: Literal["schedule", "signal"] = "schedule",
-        most: float = 0.67,
-        begin: float = 0.4,
-        end: float = 0.6,
+        by: Literal["signal", "schedule"] = "signal",
+        most: float = 0.5,
+        begin: float = 0.3,
+        end: float = 0.7,
         window: int | None = None,
         dry_run: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(dry_run=dry_run, name=name)
-        if by not in ("schedule", "signal"):
-            raise ConfigurationError(f"by must be schedule or signal, got {by!r}.")
+        if by not in ("signal", "schedule"):
+            raise ConfigurationError(f"by must be signal or schedule, got {by!r}.")
         for argument, value in (("most", most), ("begin", begin), ("end", end)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ConfigurationError(f"{argument} must be a share in [0, 1], got {value!r}.")
@@ -70,7 +70,7 @@ class LayerFreezing(AdaptiveCallback):
             raise ConfigurationError(f"end must be above begin, got begin={begin} and end={end}.")
         if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
             raise ConfigurationError(f"window must be a whole number of steps of at least 2, got {window!r}.")
-        self.by: Literal["schedule", "signal"] = by
+        self.by: Literal["signal", "schedule"] = by
         self.most = most
         self.begin = begin
         self.end = end
