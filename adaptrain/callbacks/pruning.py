@@ -35,7 +35,7 @@ from adaptrain.pruning.shape import read_shape, typical_shape
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import check_optimizers, shrink
 from adaptrain.pruning.target import read_target
-from adaptrain.resources.host import HeapKeeper
+from adaptrain.resources.host import HeapKeeper, release_free_heap
 
 _log = logging.getLogger(__name__)
 
@@ -236,6 +236,11 @@ class ProgressivePruning(AdaptiveCallback):
             return
         self._prune(trainer, pl_module, due, progress)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Gives back what is free on the host: larger batches do not fit between what a pruned model holds."""
+        if self._done and not self.dry_run and pl_module.device.type == "cpu":
+            release_free_heap()
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keeps the metrics of the dense model: those of the last validation before the first event."""
         if self._pruner is not None and self._done == 0 and not trainer.sanity_checking:
@@ -255,6 +260,7 @@ class ProgressivePruning(AdaptiveCallback):
                 events,
             )
             self._prune(trainer, pl_module, events, _lightning.progress(trainer), at_end=True)
+        release_memory()  # models are built to be measured
         report = self._pruner.report() if _lightning.is_rank_zero(trainer) else None
         self._report = _lightning.broadcast(trainer, report)
         self._report["dense"] |= {"metrics": self._dense_metrics, "step": self._dense_step}

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptrain.errors import ConfigurationError
 
-COPIES = 5  # of a model: where one lies in memory is worth 4 or 5%, so that their mean is known to 2%
+COPIES = 5  # of a model: where one lies in memory is worth 2 to 5%, so that their mean is known to 1 or 2%
 
 
 def count_params(model: nn.Module) -> int:

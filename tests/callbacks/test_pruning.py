@@ -116,6 +116,28 @@ def test_what_an_event_frees_goes_back_to_the_system(tmp_path) -> None:
     assert max(seen[:6]) - min(seen[6:]) > 0.5 * freed
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc to give memory back")
+def test_validation_finds_the_memory_that_is_free_given_back(tmp_path) -> None:
+    class Scatter(pl.Callback):
+        before = after = 0
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.is_last_batch:
+                blocks = [torch.ones(16384) for _ in range(1600)]  # 64 KiB each: in the heap
+                self.kept = blocks[::50]
+                del blocks
+                self.before = process_memory_bytes()
+
+        def on_validation_batch_start(self, *_: Any) -> None:
+            self.after = self.after or process_memory_bytes()
+
+    seen = Scatter()
+    trainer = quiet_trainer(tmp_path, callbacks=[pruning(), seen], max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(ValidatedTextModule(), text_loader(), text_loader())
+    assert len(decision_log(trainer)) == 2
+    assert seen.before - seen.after > 60 * 2**20  # of 100 MiB
+
+
 def test_uniform_layers_stay_what_a_config_can_describe(tmp_path, caplog) -> None:
     with caplog.at_level(logging.INFO):
         callback = pruning(target={"flops": 0.8}, uniform=True)
