@@ -216,8 +216,8 @@ class ProgressivePruning(AdaptiveCallback):
         """Prunes where an event is due, after a complete optimizer step."""
         if self._pruner is None or self._scorer is None or not _lightning.at_step_boundary(trainer):
             return
-        if self._done and not self.dry_run and pl_module.device.type == "cpu":
-            self._give_back()  # a pruned model's tensors have other sizes in every layer
+        if self._scatters(pl_module):
+            self._give_back()
         if not self._checked:
             assert self._match is not None
             check_optimizers(self._match, trainer.optimizers)
@@ -238,7 +238,7 @@ class ProgressivePruning(AdaptiveCallback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Gives back what is free on the host: larger batches do not fit between what a pruned model holds."""
-        if self._done and not self.dry_run and pl_module.device.type == "cpu":
+        if self._scatters(pl_module):
             release_free_heap()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -307,6 +307,10 @@ class ProgressivePruning(AdaptiveCallback):
             self._scorer.load_state_dict(state_dict["scores"])
         if self._reconstruction is not None and state_dict.get("reconstruction") is not None:
             self._reconstruction.load_state_dict(state_dict["reconstruction"])
+
+    def _scatters(self, pl_module: Any) -> bool:
+        """Whether training leaves the host's heap in pieces: a pruned model's tensors differ in size in every layer."""
+        return self._done > 0 and not self.dry_run and pl_module.device.type == "cpu"
 
     def _note_structure(self, checkpoint: dict[str, Any]) -> None:
         if self._match is not None:

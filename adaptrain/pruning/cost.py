@@ -79,14 +79,11 @@ def measure_latency(
     if repeats is None:
         repeats = repeats_for(max(_in_turns(models, inputs, device, 1).values()))
     shared = _shared(list(models.values()))
-    each = max(2, repeats // copies) if copies else repeats
+    turns, copied = max(2, repeats // copies) if copies else repeats, copies > 0 and device.type == "cpu"
     found = []
     for _ in range(max(1, copies)):
-        if copies and device.type == "cpu":
-            timed = copy.deepcopy(dict(models), dict(shared))
-            found.append(_in_turns(timed, inputs, device, each, warm_up=False))  # copying was enough of it
-        else:
-            found.append(_in_turns(models, inputs, device, each))
+        timed = copy.deepcopy(dict(models), dict(shared)) if copied else models
+        found.append(_in_turns(timed, inputs, device, turns, warm_up=not copied))  # copying is enough of it
     return {name: statistics.fmean(each[name] for each in found) for name in models}
 
 
