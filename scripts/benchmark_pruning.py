@@ -6,7 +6,9 @@ method, with the latency it aims at as a fraction of the dense model's behind an
     dense               plain fine-tuning
     ours                ProgressivePruning, to the latency
     ours+distillation   the same, taught by the dense model from the first event on
-    ours+tokens         the same, with BatchSizeController(split_by="tokens")
+    ours+teacher        the same, taught from the start by a dense model that was fine-tuned on the same data before;
+                        its training is not in the wall time but in the JSON file (`spent_s`)
+    ours+tokens         ours, with BatchSizeController(split_by="tokens")
     ours+OPTION         an ablation: layers, early, late, linear, oneshot, magnitude, activation, movement, random,
                         rate, reconstruct
     tp-taylor           Torch-Pruning once after the first epoch, heads and FFN, by gradients; new optimizer afterwards

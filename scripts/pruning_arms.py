@@ -19,6 +19,7 @@ from torch import nn
 
 import adaptrain
 from adaptrain.callbacks.base import decision_log
+from adaptrain.execution.oom import release_memory
 from adaptrain.nlp.datamodules import TextDataModule
 from adaptrain.nlp.modules import TextClassifier
 from adaptrain.pruning import cost
@@ -321,7 +322,7 @@ def _run(job: Job, folder: str) -> dict[str, Any]:
     with PeakMemory() as memory:
         trainer.fit(module, data)
         peak = memory.read()
-    wall = time.perf_counter() - started
+    wall = time.perf_counter() - started - watch.seconds.get("teacher", 0.0)
     dev = trainer.validate(module, data, verbose=False)[0]["val/accuracy"]
     test = trainer.test(module, data, verbose=False)[0]["test/accuracy"]
     if said := next((c.said for c in callbacks if isinstance(c, TorchPruning)), None):
@@ -370,10 +371,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "random": {"importance": "random"},
     "reconstruct": {"reconstruct": True},
 }
-COMPANIONS: dict[str, Callable[[], Any]] = {
-    "distillation": adaptrain.Distillation,
-    "rate": lambda: adaptrain.LearningRateController(align=False, cap=False, plateau=False),  # recovery and guard
-    "tokens": lambda: adaptrain.BatchSizeController(split_by="tokens"),
+
+
+def _taught(job: Job, watch: Watch) -> Any:
+    """Distillation from a dense model that is fine-tuned before."""
+    with watch("teacher"), tempfile.TemporaryDirectory() as folder:
+        data, module = prepare(job)
+        trainer = make_trainer(job, [], folder)
+        pl.seed_everything(job.seed, verbose=False)
+        trainer.fit(module, data)
+        model = module.model
+        model.zero_grad()
+        del trainer, module, data
+        release_memory()  # of the pruned run the peak is asked
+    return adaptrain.Distillation(teacher=model)
+
+
+COMPANIONS: dict[str, Callable[[Job, Watch], Any]] = {
+    "distillation": lambda job, watch: adaptrain.Distillation(),
+    "teacher": _taught,
+    "rate": lambda job, watch: adaptrain.LearningRateController(align=False, cap=False, plateau=False),  # and guard
+    "tokens": lambda job, watch: adaptrain.BatchSizeController(split_by="tokens"),
 }
 
 
@@ -381,7 +399,7 @@ def _ours(job: Job, watch: Watch, shape: tuple[int, int]) -> list[Any]:
     named = job.method.split("+")[1:]
     arguments = {key: value for name in named for key, value in OPTIONS.get(name, {}).items()}
     pruning = TimedPruning(watch, target={"latency": job.target}, latency_input=shape, **arguments)
-    return [pruning, *(COMPANIONS[name]() for name in named if name in COMPANIONS)]
+    return [pruning, *(COMPANIONS[name](job, watch) for name in named if name in COMPANIONS)]
 
 
 class EncoderPruning(ModelPruning):

@@ -101,7 +101,8 @@ def test_the_pruning_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path,
     out, picture = tmp_path / "pruning.json", tmp_path / "pruning.png"
     command = [sys.executable, str(SCRIPTS / "benchmark_pruning.py"), "--model", str(model), "--data", str(data)]
     command += ["--json", str(out), "--plot", str(picture), "--epochs", "2", "--seeds", "0", "--batch-size", "8"]
-    arms = ["dense", "ours@0.7", "ours+tokens+distillation@0.7", "tp-taylor@0.7", "tp-magnitude@0.7", "lightning@0.5"]
+    arms = ["dense", "ours@0.7", "ours+tokens+distillation@0.7", "ours+teacher@0.7", "tp-taylor@0.7"]
+    arms += ["tp-magnitude@0.7", "lightning@0.5"]
     done = subprocess.run([*command, "--arms", *arms[:1]], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     done = subprocess.run([*command, "--arms", *arms], capture_output=True, text=True, timeout=280)
@@ -111,6 +112,7 @@ def test_the_pruning_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path,
     assert list(results) == arms
     assert results["lightning@0.5"]["zeros"] == pytest.approx(0.5, abs=0.05)
     assert results["ours@0.7"]["params"] < results["dense"]["params"]
+    assert results["ours+teacher@0.7"]["spent_s"]["teacher"] > 0
     assert picture.stat().st_size > 1000
 
 

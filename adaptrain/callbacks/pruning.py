@@ -35,6 +35,7 @@ from adaptrain.pruning.shape import read_shape, typical_shape
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import check_optimizers, shrink
 from adaptrain.pruning.target import read_target
+from adaptrain.pruning.units import read_groups, read_round_to
 from adaptrain.resources.host import HeapKeeper, release_free_heap
 
 _log = logging.getLogger(__name__)
@@ -105,11 +106,11 @@ class ProgressivePruning(AdaptiveCallback):
     ) -> None:
         super().__init__(dry_run=dry_run, name=name)
         self.target = read_target(target)
-        self.groups = _read_groups(groups)
+        self.groups = read_groups(groups)
         check_importance(importance)
         self.importance: ScoreBy = importance
         self.schedule = read_schedule(schedule)
-        self.round_to = _read_round_to(round_to)
+        self.round_to = read_round_to(round_to)
         for switch, value in {"uniform": uniform, "reconstruct": reconstruct}.items():
             if not isinstance(value, bool):
                 raise ConfigurationError(f"{switch} must be true or false, got {value!r}.")
@@ -381,27 +382,3 @@ class ProgressivePruning(AdaptiveCallback):
 def _anywhere(flag: bool, pl_module: Any) -> bool:
     """Whether `flag` is true on any rank: validation by the clock may come on one and not yet on another."""
     return bool(_lightning.all_reduce([float(flag)], op="max", device=pl_module.device)[0])
-
-
-def _read_groups(groups: Sequence[str]) -> tuple[str, ...]:
-    known = (*KINDS, "layers")
-    named = (groups,) if isinstance(groups, str) else tuple(groups)
-    if not named or any(kind not in known for kind in named):
-        raise ConfigurationError(f"groups must name some of {', '.join(known)}, got {list(named)}.")
-    if "layers" in named and not set(KINDS) <= set(named):
-        raise ConfigurationError(
-            f"groups names layers, which go with all of their heads and neurons, without {' and '.join(KINDS)}: got"
-            f" {list(named)}. Name all three."
-        )
-    return tuple(kind for kind in known if kind in named)
-
-
-def _read_round_to(round_to: str | int | Mapping[str, int]) -> str | int | dict[str, int]:
-    values = round_to.values() if isinstance(round_to, Mapping) else [round_to]
-    numbers = all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values)
-    if round_to != "auto" and not (numbers and (not isinstance(round_to, Mapping) or set(round_to) <= set(KINDS))):
-        raise ConfigurationError(
-            f"round_to must be 'auto', a whole number of at least 1, or a mapping such as {{'heads': 1, 'ffn': 16}};"
-            f" got {round_to!r}."
-        )
-    return dict(round_to) if isinstance(round_to, Mapping) else round_to
