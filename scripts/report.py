@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.report import Summary, print_report, render_comparison, render_knobs, render_table, write_html
+from adaptrain.report.content import without_summary
 from adaptrain.report.html import check_run_folder
 from adaptrain.report.knobs import decisions_of
 from adaptrain.report.summary import SUMMARY_FILE
@@ -29,11 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder in folders:
             check_run_folder(folder)
         summaries = [summary for folder in folders if (summary := report(folder)) is not None]
+        if len(summaries) > 1:
+            print_report(render_comparison(summaries))
+        sys.stdout.flush()
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if len(summaries) > 1:
-        print_report(render_comparison(summaries))
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -42,7 +47,7 @@ def report(folder: Path) -> Summary | None:
     page = write_html(folder)
     summary = Summary.load(folder) if (folder / SUMMARY_FILE).is_file() else None
     if summary is None:
-        print(f"{folder}: interrupted or still running, it has no {SUMMARY_FILE} yet")
+        print(f"{folder}: {without_summary(folder)[1]}")
         print_report(render_knobs(decisions_of(folder)))
     else:
         print_report(render_table(summary))

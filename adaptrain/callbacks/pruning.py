@@ -170,8 +170,10 @@ class ProgressivePruning(AdaptiveCallback):
                 continue
             if kind == "layers" or not any(layer[kind] for layer in structures.dimensions(match)):
                 why = f": {match.family.kept[kind]}" if kind in match.family.kept else ""
+                others = tuple(other for other in self.groups if other not in (kind, "layers"))
                 raise ConfigurationError(
                     f"groups names {kind!r}, but {type(match.model).__name__} has none to prune{why}."
+                    + (f" Leave it out: groups={others!r}." if others else "")
                 )
         if self.uniform:
             kinds = uniform_kinds(match, self._kinds)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from adaptrain.family.calibration import calibration_error
 from adaptrain.family.member import Member, Prediction, Progress, class_logits, prediction
 from adaptrain.family.samples import Samples
+from adaptrain.resources.clock import timed
 
 if TYPE_CHECKING:
     from adaptrain.family.model_family import ModelFamily
@@ -278,11 +279,8 @@ def in_turns(
         for number, piece in enumerate(pieces):
             for position in range(len(names)):
                 name = names[(turn + number + position) % len(names)]
-                began = time.perf_counter()
-                found = runs[name](piece)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                spent[name] += time.perf_counter() - began
+                found, seconds = timed(partial(runs[name], piece), device)
+                spent[name] += seconds
                 if turn == 0:
                     results[name].append(found)
         for name in names:

@@ -7,9 +7,9 @@ import copy
 import gc
 import inspect
 import statistics
-import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptrain.errors import ConfigurationError
+from adaptrain.resources.clock import timed
 
 COPIES = 5  # of a model: where one lies in memory is worth 2 to 5%, so that their mean is known to 1 or 2%
 
@@ -57,7 +58,8 @@ def measure_latency(
     """Measures the forward pass of several models against each other.
 
     The models take turns, in an order that rotates, so that a machine that is busy for a while slows all of them and
-    not one. Interruptions only ever add time, so the median is over the faster half of each model's turns.
+    not one. Waiting for a core does not count (`timed`). Other interruptions only ever add time, so the median is over
+    the faster half of each model's turns.
 
     Where a model's weights lie in memory changes its time on a CPU by several percent for as long as it lives, and
     says nothing about where they will lie in another process: `copies` averages over that.
@@ -117,7 +119,7 @@ def _in_turns(
         for turn in range(repeats):
             for position in range(len(names)):
                 name = names[(turn + position) % len(names)]
-                times[name].append(_time_ms(models[name], inputs, device))
+                times[name].append(1e3 * timed(partial(models[name], **inputs), device)[1])
     return {name: statistics.median(sorted(own)[: (len(own) + 1) // 2]) for name, own in times.items()}
 
 
@@ -182,16 +184,6 @@ def example_inputs(
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs
-
-
-def _time_ms(model: nn.Module, inputs: Mapping[str, Tensor], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    model(**inputs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) * 1e3
 
 
 @contextlib.contextmanager

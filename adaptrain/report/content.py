@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from adaptrain.report.summary import Column, Constraint, Summary
 
+VERSIONS_FILE = "versions.json"  # of train.py's runs, from their start
 MISSING = "—"
 MET, NOT_MET = "✓", "✗"
 MIB, GIB = 2**20, 2**30
@@ -186,3 +188,10 @@ def comparison_cells(summary: Summary) -> dict[str, str]:
     met = sum(constraint.met for constraint in summary.constraints)
     cells["limits met"] = f"{met} of {len(summary.constraints)}" if summary.constraints else MISSING
     return cells
+
+
+def without_summary(folder: Path) -> tuple[str, str]:
+    """Returns why a run has no summary, as a word and as a sentence: only train.py writes one, at the end."""
+    if (folder / VERSIONS_FILE).is_file():
+        return "unfinished", "This run was interrupted or is still going: it has no summary yet."
+    return "decisions", "This run is not train.py's, which alone writes a summary: here is what its callbacks decided."

@@ -22,7 +22,8 @@ RUN_FILES = (SUMMARY_FILE, "decisions.jsonl", "metrics.csv")
 def write_html(run_dir: str | os.PathLike[str]) -> Path:
     """Writes `report.html` into a run's folder, from its summary, decisions and metrics.
 
-    A run without a summary (interrupted, or still going) gets a page that says so and shows what there is.
+    A run without a summary (interrupted, still going, or not train.py's) gets a page that says so and shows what
+    there is.
 
     Args:
         run_dir: The run's folder.
@@ -60,9 +61,10 @@ def _page(folder: Path, summary: Summary | None) -> str:
     limit = next((c.limit for c in summary.constraints if c.name == "memory_gib"), None) if summary else None
     metric = summary.metric["name"] if summary else None
     drawable = charts(read_metrics(folder), decisions, metric=metric, memory_limit_gib=limit)
-    title = f"{summary.experiment}: {content.outcome(summary)}" if summary else f"{folder.name}: unfinished run"
+    what = content.outcome(summary) if summary else content.without_summary(folder)[0]
+    title = f"{summary.experiment if summary else folder.name}: {what}"
     body = [
-        *(_outcome(summary) if summary else _unfinished(folder)),
+        *(_outcome(summary) if summary else _without_summary(folder)),
         *(_numbers(summary) if summary else ()),
         *_knobs(decisions),
         *_pictures(drawable),
@@ -102,10 +104,10 @@ def _outcome(summary: Summary) -> Iterable[str]:
         yield "</ul>"
 
 
-def _unfinished(folder: Path) -> Iterable[str]:
+def _without_summary(folder: Path) -> Iterable[str]:
+    word, why = content.without_summary(folder)
     yield f"<h1>{_text(folder.name)}</h1>"
-    yield '<p class="lead"><span class="badge neutral">unfinished</span>'
-    yield "This run was interrupted or is still going: it has no summary yet. Below is what it has written so far.</p>"
+    yield f'<p class="lead"><span class="badge neutral">{word}</span>{_text(why)}</p>'
 
 
 def _numbers(summary: Summary) -> Iterable[str]:

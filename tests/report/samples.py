@@ -76,6 +76,7 @@ DECISIONS = [
 def run_folder(folder: Path, *, summary: Summary | None, decisions: list[Decision] | None = None) -> Path:
     """Writes what a run leaves; `summary=None` is a run that was interrupted."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "versions.json").write_text("{}")
     log = DecisionLog(folder / "decisions.jsonl")
     for item in DECISIONS if decisions is None else decisions:
         log.append(item)
