@@ -40,7 +40,7 @@ class CascadeReport:
         metric: The accuracy of the cascade, in [0, 1].
         metrics: Of each member alone, by name.
         escalated: The share of samples that the large member was asked.
-        throughput: Samples per second, measured; batches and padding counted in, tokenizing not.
+        throughput: Samples per second, measured; batches and padding counted in, tokenizing and waiting for a core not.
         throughputs: Of each member alone, in turns with the cascade, by name.
         calibration_error: Expected calibration error of the small member's confidence, with its temperature.
         uncalibrated_error: The same without.
