@@ -33,6 +33,7 @@ class _Seen:
     temperature: float
     probabilities: Tensor
     right: list[bool]
+    of_right: Tensor  # the probability of the right class, by sample
     seconds: float
 
     @functools.cached_property
@@ -46,23 +47,28 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Who answers and whom it may ask; `right`: whether both together are, with that weight for the second."""
+    """Who answers and whom it may ask; `right`, `of_right`: of both together, with that weight for the second."""
 
     small: _Seen
     large: _Seen
     weight: float
     right: list[bool]
+    of_right: Tensor
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A cascade that meets what was asked, as expected from its members; `share`: what may be escalated for a cost."""
+    """A cascade that meets what was asked, as expected from its members; `share`: what may be escalated for a cost.
+
+    `likely`: the mean probability of the right class. It ranks plans better than the number of right answers, which
+    a few samples near the border decide.
+    """
 
     pair: _Pair
     share: float
     threshold: float
     cost: float
-    accuracy: float
+    likely: float
 
 
 def choose(
@@ -87,7 +93,7 @@ def choose(
     if not plans:
         raise ConfigurationError(_why_not(pairs, slowest, cost, accuracy))
     if accuracy is None:
-        plans.sort(key=lambda each: (-each.accuracy, each.cost))
+        plans.sort(key=lambda each: (-each.likely, each.cost))
     else:
         plans.sort(key=lambda each: each.cost)
     missed: list[tuple[float, Member]] = []
@@ -146,7 +152,11 @@ def _pairs(family: ModelFamily, seen: list[_Seen], small: str | None, large: str
 def _pair(small: _Seen, large: _Seen, labels: Tensor) -> _Pair:
     weight = fit_weight(small.probabilities, large.probabilities, labels)
     together = small.probabilities.lerp(large.probabilities, weight)
-    return _Pair(small, large, weight, (together.argmax(-1) == labels).tolist())
+    return _Pair(small, large, weight, (together.argmax(-1) == labels).tolist(), _of_right(together, labels))
+
+
+def _of_right(probabilities: Tensor, labels: Tensor) -> Tensor:
+    return probabilities.gather(-1, labels[:, None])[:, 0]
 
 
 def _look(family: ModelFamily, samples: Samples, batch_size: int, device: torch.device) -> list[_Seen]:
@@ -164,7 +174,8 @@ def _look(family: ModelFamily, samples: Samples, batch_size: int, device: torch.
         temperature = fit_temperature(own, samples.labels)
         probabilities = (own / temperature).softmax(-1)
         right = (probabilities.argmax(-1) == samples.labels).tolist()
-        seen.append(_Seen(member, temperature, probabilities, right, seconds[member.name]))
+        of_right = _of_right(probabilities, samples.labels)
+        seen.append(_Seen(member, temperature, probabilities, right, of_right, seconds[member.name]))
     return seen
 
 
@@ -187,9 +198,9 @@ def _plan(pair: _Pair, slowest: _Seen, cost: float | None, accuracy: float | Non
         if answer is None:
             return None
         share, threshold = 1.0, answer[0]
-    escalated = sum(confidence < threshold for confidence in confidences) / len(confidences)
-    reached = accuracy_at(confidences, pair.small.right, pair.right, threshold)
-    return _Plan(pair, share, threshold, base + escalated * each, reached)
+    asked = torch.tensor([confidence < threshold for confidence in confidences])
+    likely = torch.where(asked, pair.of_right, pair.small.of_right).mean()
+    return _Plan(pair, share, threshold, base + float(asked.float().mean()) * each, float(likely))
 
 
 def _correct(

@@ -247,10 +247,11 @@ class ModelFamily:
     ) -> Cascade:
         """Returns a small member that answers, together with a larger one where it is unsure.
 
-        Of all pairs of a member and a slower one that makes it better, it is the pair that gives the best accuracy at
-        the cost, or the least cost at the accuracy. Temperatures, weight and threshold are chosen on one half of the
-        validation samples that the run kept; on the other half the cascade is judged and timed beside all members
-        (`cascade.report`, which says so where one of them alone is as good). What comes of it is kept with the family.
+        Of all pairs of a member and a slower one that makes it better, it is the pair that finds the right classes
+        likeliest at the cost, or the least cost at the accuracy. Temperatures, weight and threshold are chosen on one
+        half of the validation samples that the run kept; on the other half the cascade is judged and timed beside all
+        members (`cascade.report`, which says so where one of them alone is as good). What comes of it is kept with the
+        family.
 
             cascade = family.cascade(cost=0.5)
             print(cascade.report)

@@ -14,6 +14,7 @@ from adaptrain.family import samples as kept
 from adaptrain.family.cascade import CascadeReport
 from adaptrain.family.member import class_logits
 from adaptrain.family.store import FamilyStore
+from adaptrain.policies.cascade import accuracy_at
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.surgery import shrink
 from tests.toys import TextModule, quiet_trainer, text_loader, text_samples, tiny_bert
@@ -176,7 +177,14 @@ def seen(name: str, seconds: float, right: set[int], sure: float = 0.9) -> Any:
     member: Any = Known(name, int(1000 * seconds))
     chances = [sure - number / 100 if number in right else 0.49 - number / 100 for number in range(10)]
     probabilities = torch.tensor([[chance, 1 - chance] for chance in chances])
-    return choose_cascade._Seen(member, 1.0, probabilities, [n in right for n in range(10)], seconds)
+    answers = [number in right for number in range(10)]
+    return choose_cascade._Seen(member, 1.0, probabilities, answers, probabilities[:, 0], seconds)
+
+
+def reached(plan: Any) -> float:
+    """The accuracy of a plan on the samples it was made from."""
+    small = plan.pair.small
+    return accuracy_at(small.confidences, small.right, plan.pair.right, plan.threshold)
 
 
 class Members:
@@ -218,12 +226,29 @@ def test_all_pairs_of_a_member_and_a_slower_one_that_makes_it_better_are_looked_
     plan = choose_cascade._plan(pairs[0], dense, 0.26, None)
     assert plan is not None
     assert plan.cost == pytest.approx(0.25)
-    assert plan.accuracy == pytest.approx(0.9)
+    assert reached(plan) == pytest.approx(0.9)
+    # The five that the small one is least sure of are asked for, and of the others it is sure by 0.9 to 0.86.
+    both = pairs[0].of_right[[5, 6, 7, 8, 9]]
+    assert plan.likely == pytest.approx(float(both.sum() + 0.9 + 0.89 + 0.88 + 0.87 + 0.86) / 10)
     assert choose_cascade._plan(pairs[-1], dense, 0.26, None) is None
     cheapest = choose_cascade._plan(pairs[0], dense, None, 0.8)
     assert cheapest is not None
-    assert cheapest.accuracy == pytest.approx(0.8)
+    assert reached(cheapest) == pytest.approx(0.8)
     assert cheapest.cost == pytest.approx(0.1 + 0.3 * 0.2)  # the two least sure, which both together get right
+
+
+def test_the_pair_that_finds_the_right_class_likeliest_is_better_than_one_with_a_lucky_answer_more():
+    """One is right by a hair in all ten samples, the other in nine and sure of them."""
+    small = seen("small", 1.0, {0, 1, 2, 3, 4, 5})
+    hair = seen("hair", 3.0, set(range(10)), sure=0.75)
+    sure = seen("sure", 3.0, {0, 1, 2, 3, 4, 5, 6, 7, 8}, sure=0.99)
+    dense = seen("dense", 10.0, set(), sure=0.6)
+    plans = [
+        choose_cascade._plan(choose_cascade._pair(small, other, LABELS), dense, 0.41, None) for other in (hair, sure)
+    ]
+    assert None not in plans
+    assert reached(plans[0]) > reached(plans[1])
+    assert plans[0].likely < plans[1].likely  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_the_second_may_weigh_nothing_or_all():
