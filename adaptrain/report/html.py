@@ -107,7 +107,7 @@ def _outcome(summary: Summary) -> Iterable[str]:
 def _without_summary(folder: Path) -> Iterable[str]:
     word, why = content.without_summary(folder)
     yield f"<h1>{_text(folder.name)}</h1>"
-    yield f'<p class="lead"><span class="badge neutral">{word}</span>{_text(why)}</p>'
+    yield f'<p class="lead"><span class="badge neutral">{word}</span> {_text(why)}</p>'
 
 
 def _numbers(summary: Summary) -> Iterable[str]:
