@@ -34,6 +34,16 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(_lowest(loss, -math.log(_LARGEST), math.log(_LARGEST)))
 
 
+def of_right(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Returns the probability of the right class of each sample, shape (samples,).
+
+    Args:
+        probabilities: Shape (samples, classes).
+        labels: Shape (samples,).
+    """
+    return probabilities.gather(-1, labels[:, None])[:, 0]
+
+
 def fit_weight(one: Tensor, other: Tensor, labels: Tensor) -> float:
     """Returns the weight of the second in the mean of two classifiers' probabilities that is likeliest to be right.
 
@@ -47,7 +57,7 @@ def fit_weight(one: Tensor, other: Tensor, labels: Tensor) -> float:
     Returns:
         A number in [0, 1].
     """
-    first, second = (each.double().gather(-1, labels[:, None])[:, 0] for each in (one, other))
+    first, second = (of_right(each.double(), labels) for each in (one, other))
     return _lowest(lambda weight: -float(first.lerp(second, weight).clamp_min(1e-300).log().mean()), 0.0, 1.0)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptrain.errors import ConfigurationError
-from adaptrain.family.calibration import fit_temperature, fit_weight
+from adaptrain.family.calibration import fit_temperature, fit_weight, of_right
 from adaptrain.family.cascade import Cascade, alone, in_turns, judge
 from adaptrain.family.member import Member, class_logits
 from adaptrain.family.samples import Samples
@@ -152,11 +152,7 @@ def _pairs(family: ModelFamily, seen: list[_Seen], small: str | None, large: str
 def _pair(small: _Seen, large: _Seen, labels: Tensor) -> _Pair:
     weight = fit_weight(small.probabilities, large.probabilities, labels)
     together = small.probabilities.lerp(large.probabilities, weight)
-    return _Pair(small, large, weight, (together.argmax(-1) == labels).tolist(), _of_right(together, labels))
-
-
-def _of_right(probabilities: Tensor, labels: Tensor) -> Tensor:
-    return probabilities.gather(-1, labels[:, None])[:, 0]
+    return _Pair(small, large, weight, (together.argmax(-1) == labels).tolist(), of_right(together, labels))
 
 
 def _look(family: ModelFamily, samples: Samples, batch_size: int, device: torch.device) -> list[_Seen]:
@@ -174,8 +170,8 @@ def _look(family: ModelFamily, samples: Samples, batch_size: int, device: torch.
         temperature = fit_temperature(own, samples.labels)
         probabilities = (own / temperature).softmax(-1)
         right = (probabilities.argmax(-1) == samples.labels).tolist()
-        of_right = _of_right(probabilities, samples.labels)
-        seen.append(_Seen(member, temperature, probabilities, right, of_right, seconds[member.name]))
+        chances = of_right(probabilities, samples.labels)
+        seen.append(_Seen(member, temperature, probabilities, right, chances, seconds[member.name]))
     return seen
 
 
