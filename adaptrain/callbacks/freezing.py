@@ -113,6 +113,8 @@ class LayerFreezing(AdaptiveCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Builds the policy, and freezes again what a resumed run had frozen."""
+        if self.begin > 0 or self.by == "schedule":
+            _lightning.refuse_endless(trainer, callback=type(self).__name__)
         assert self._match is not None
         count = len(self._match.layers)
         most = max(1, min(count - 1, round(self.most * count)))
@@ -232,7 +234,8 @@ def _gradient_norm(layer: nn.Module) -> Tensor:
     gradients = [p.grad for p in layer.parameters() if p.grad is not None]
     if not gradients:
         return torch.zeros((), device=next(layer.parameters()).device)
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]))
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _detach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

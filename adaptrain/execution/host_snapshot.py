@@ -41,12 +41,15 @@ class HostSnapshot:
         self._scaler = None if scaler is None else dict(scaler.state_dict())
 
     def fits(self, module: nn.Module, optimizer: Optimizer) -> bool:
-        """Whether the copy has the shapes of what stands: after a structural change it has not."""
+        """Whether the copy has the shapes of what stands: after a structural change it has not.
+
+        The optimizer may have been given more parameters since; `restore` leaves those without state.
+        """
         current = dict(_named(module))
         return (
             current.keys() == self._tensors.keys()
             and all(tensor.shape == self._tensors[name].shape for name, tensor in current.items())
-            and len(self._state) == sum(1 for _ in _parameters(optimizer))
+            and len(self._state) <= sum(1 for _ in _parameters(optimizer))
         )
 
     @torch.no_grad()
@@ -54,7 +57,9 @@ class HostSnapshot:
         """Puts the copy back."""
         for name, tensor in _named(module):
             tensor.copy_(self._tensors[name])
-        for parameter, saved in zip(_parameters(optimizer), self._state, strict=True):
+        parameters = list(_parameters(optimizer))
+        joined_later: list[dict[str, Any]] = [{}] * (len(parameters) - len(self._state))
+        for parameter, saved in zip(parameters, self._state + joined_later, strict=True):
             state = optimizer.state[parameter]
             for key in [key for key in state if key not in saved]:
                 del state[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 from torch import Tensor
@@ -32,8 +33,10 @@ def guard_step(optimizer: Optimizer) -> Callable[[], None]:
     before = vars(optimizer).get("step")
     step = optimizer.step
 
+    on = True
+
     @functools.wraps(step)
-    def guarded(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    def guarded(_: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         computed: list[Any] = []
         versions: list[dict[int, int]] = [] if closure is not None else [_versions(optimizer)]
 
@@ -48,7 +51,7 @@ def guard_step(optimizer: Optimizer) -> Callable[[], None]:
         try:
             return step(**arguments, **kwargs)
         except Exception as error:
-            if not versions or not is_out_of_memory(error):
+            if not on or not versions or not is_out_of_memory(error):
                 raise  # in the closure, or another error
             if _has_moved(optimizer, versions[0]):
                 raise HalfUpdatedError(
@@ -59,10 +62,14 @@ def guard_step(optimizer: Optimizer) -> Callable[[], None]:
         release_memory()
         return step(**arguments, **kwargs)
 
-    optimizer.step = guarded  # pyright: ignore[reportAttributeAccessIssue]
+    # A method, as torch's schedulers expect where they are made in the middle of training.
+    method = MethodType(guarded, optimizer)
+    optimizer.step = method  # pyright: ignore[reportAttributeAccessIssue]
 
     def undo() -> None:
-        if vars(optimizer).get("step") is not guarded:
+        nonlocal on
+        on = False
+        if vars(optimizer).get("step") is not method:
             return
         if before is None:
             del optimizer.step

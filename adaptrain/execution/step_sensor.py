@@ -50,7 +50,7 @@ class StepSensor:
         first, second = torch.stack([loss, norm]).tolist()
         finite = math.isfinite(second)
         probed, cosine, ratio = 0, None, None
-        if self.probes and self.references is None:
+        if self.probes and not self._knows(optimizer):
             self.references = reference_sizes(optimizer)
         if self.probes and finite:
             probed = 1 if each or self.steps < FIRST_STEPS else PROBE_EVERY * (self.steps % PROBE_EVERY == 0)
@@ -64,3 +64,9 @@ class StepSensor:
             unknown if cosine is None else cosine,
             unknown if ratio is None else ratio,
         ], probed
+
+    def _knows(self, optimizer: Optimizer) -> bool:
+        """Whether there is a reference for each parameter: not at first, after a cut, and where a group was added."""
+        return self.references is not None and len(self.references) == sum(
+            len(g["params"]) for g in optimizer.param_groups
+        )

@@ -57,32 +57,36 @@ def why_off(optimizer: Optimizer, factors: Sequence[str]) -> str | None:
 
 
 def gradients(optimizer: Optimizer) -> list[Tensor]:
-    """Returns the gradients of the optimizer's parameters; of a sparse one its values."""
+    """Returns the gradients of the optimizer's parameters as real numbers; of a sparse one its values."""
     found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return [g.coalesce().values() if g.is_sparse else g for g in found]
+    dense = [g.coalesce().values() if g.is_sparse else g for g in found]
+    return [torch.view_as_real(g) if g.is_complex() else g for g in dense]
 
 
 def gradient_norm(optimizer: Optimizer) -> Tensor:
-    """Returns the norm of all gradients as a float32 scalar; not finite where any gradient is not."""
+    """Returns the norm of all gradients as a scalar; not finite where any gradient is not."""
     found = [g for g in gradients(optimizer) if g.numel()]
     if not found:
         return torch.zeros(())
     device = found[0].device
-    # float32: the squares of half-precision numbers overflow where the numbers do not.
-    norms = [n.to(device) for n in torch._foreach_norm(found, 2, torch.float32)]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in _norms(found)]))
 
 
 def reference_sizes(optimizer: Optimizer) -> list[float]:
     """Returns by what updates are measured: the root mean square of every weight's singular values.
 
     That is ‖θ‖_F/√rank, with the rank a matrix of its shape can have; of more than two dimensions the first is one
-    side and the others together are the other. In the optimizer's order, 0 for parameters of fewer than two dimensions.
+    side and the others together are the other. In the optimizer's order, 0 for complex parameters and those of fewer
+    than two dimensions.
     """
     parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-    matrices = [p for p in parameters if p.ndim >= 2 and p.numel()]
-    norms = iter(_floats(torch._foreach_norm(matrices, 2, torch.float32)) if matrices else [])
-    return [next(norms) / math.sqrt(_rank(p)) if p.ndim >= 2 and p.numel() else 0.0 for p in parameters]
+    matrices = [p for p in parameters if _is_matrix(p)]
+    norms = iter(_floats(_norms(matrices)) if matrices else [])
+    return [next(norms) / math.sqrt(_rank(p)) if _is_matrix(p) else 0.0 for p in parameters]
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.ndim >= 2 and parameter.numel() > 0 and not parameter.is_complex()
 
 
 def _rank(weight: Tensor) -> int:
@@ -131,17 +135,17 @@ def probe(optimizer: Optimizer, references: Sequence[float], *, turn: int = 0) -
             moves = moments
         else:
             moves = [g.sign() for g in grads] if kind == "adam" else grads
-        norms = torch._foreach_norm(moves, 2, torch.float32)
+        norms = _norms(moves)
         if stateful:
             products = torch._foreach_mul(moves, grads)
             # The sum of a product, in fused operations: twice its positive part less its absolute sum.
-            absolute = torch._foreach_norm(products, 1, torch.float32)
+            absolute = _norms(products, 1)
             torch._foreach_clamp_min_(products, 0.0)
-            positive = torch._foreach_norm(products, 1, torch.float32)
-            share = torch.tensor(weights, dtype=torch.float32, device=norms[0].device)
+            positive = _norms(products, 1)
+            share = torch.tensor(weights, dtype=norms[0].dtype, device=norms[0].device)
             dots.append((share * (2 * torch.stack(positive) - torch.stack(absolute))).sum())
             directions.append((share * torch.stack(norms).square()).sum())
-            own = torch.stack(torch._foreach_norm(grads, 2, torch.float32))
+            own = torch.stack(_norms(grads))
             squares.append((share * own.square()).sum())
         for norm, weight, scale, reference, rate in zip(
             _floats(norms), weights, scales, references_, rates, strict=True
@@ -151,6 +155,12 @@ def probe(optimizer: Optimizer, references: Sequence[float], *, turn: int = 0) -
     length = math.sqrt(sum(_floats(directions))) * math.sqrt(sum(_floats(squares)))
     cosine = sum(_floats(dots)) / length if length > 0 else None
     return cosine, median(ratios) if ratios else None
+
+
+def _norms(tensors: list[Tensor] | tuple[Tensor, ...], order: int = 2) -> list[Tensor]:
+    # At least float32: the squares of half-precision numbers overflow where the numbers do not.
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return list(torch._foreach_norm(tensors, order, torch.float64 if wide else torch.float32))
 
 
 def _adam_direction(moments: list[Tensor], seconds: list[Tensor], epsilons: list[float]) -> list[Tensor]:
@@ -185,7 +195,8 @@ def _sampled(optimizer: Optimizer, references: Sequence[float], turn: int) -> It
 
 
 def _is_probed(parameter: Tensor) -> bool:
-    return parameter.grad is not None and not parameter.grad.is_sparse and parameter.numel() > 0
+    grad = parameter.grad
+    return grad is not None and not grad.is_sparse and not grad.is_complex() and parameter.numel() > 0
 
 
 def _rows(parameter: Tensor, stride: int, turn: int) -> tuple[tuple[slice, ...] | None, float]:

@@ -299,3 +299,27 @@ def test_a_snapshot_restores_in_place_and_bit_for_bit():
     assert later.fits(model, optimizer)
     model[0].weight.data = model[0].weight.data[:4]
     assert not later.fits(model, optimizer)
+
+
+def test_a_snapshot_from_before_a_group_joined_the_optimizer_still_goes_back():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model[1].parameters(), lr=0.1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.randn(16, 4, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+        optimizer.step()
+
+    step()
+    snapshot = HostSnapshot()
+    snapshot.take(model, optimizer)
+    before = weights(model)
+    optimizer.add_param_group({"params": model[0].parameters()})
+    step()
+    once = weights(model)
+    assert snapshot.fits(model, optimizer)
+    snapshot.restore(model, optimizer)
+    assert torch.equal(weights(model), before)
+    step()
+    assert torch.equal(weights(model), once)

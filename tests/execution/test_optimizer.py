@@ -75,6 +75,20 @@ def test_it_is_tried_once_more_only_and_other_errors_pass() -> None:
         train(lambda p: Failing(p, message="shapes"), guard=True)
 
 
+def test_a_scheduler_made_later_steps_through_the_guard_which_then_comes_off() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = Failing([parameter], times=1)
+    undo = guard_step(optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps the method it finds
+    parameter.sum().backward()
+    optimizer.step()
+    scheduler.step()
+    undo()
+    optimizer.times = 1
+    with pytest.raises(RuntimeError, match="bad_alloc"):
+        optimizer.step()
+
+
 def test_a_scheduler_does_not_take_the_guard_for_an_override() -> None:
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], lr=0.1)

@@ -21,7 +21,7 @@ def layers(*sizes: int) -> nn.Sequential:
 def stepped(model: nn.Module, optimizer: Any, steps: int = 3) -> None:
     """Takes some steps, and leaves the gradients of one more. Gradients have a part in common, so that they align."""
     generator = torch.Generator().manual_seed(1)
-    common = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+    common = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in model.parameters()]
     for step in range(steps + 1):
         for p, shared in zip(model.parameters(), common, strict=True):
             p.grad = shared + torch.randn(p.shape, generator=generator)
@@ -69,6 +69,34 @@ def test_updates_are_measured_by_the_root_mean_square_of_singular_values(shape):
     values = torch.linalg.svdvals(weight.detach().flatten(1))
     assert found == pytest.approx(float(values.square().mean().sqrt()))
     assert bias == 0.0
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_double_precision_is_measured_in_double_precision(name):
+    model = layers(20, 30, 10).double()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    stepped(model, optimizer)
+    references = reference_sizes(optimizer)
+    assert probe(optimizer, references) == pytest.approx(plainly(optimizer, references), rel=1e-12)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e60)  # finite there, and not in single precision
+    assert float(gradient_norm(optimizer)) == pytest.approx(
+        1e60 * math.sqrt(sum(p.numel() for p in model.parameters()))
+    )
+
+
+def test_complex_parameters_count_in_the_norm_and_are_no_measure():
+    one, other = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+    optimizer = torch.optim.AdamW([one, other], lr=1e-3)
+    ((one * other).abs() ** 2).sum().backward()
+    assert one.grad is not None
+    assert other.grad is not None
+    expected = math.sqrt(float(one.grad.square().sum()) + float(other.grad.abs().square().sum()))
+    assert float(gradient_norm(optimizer)) == pytest.approx(expected)
+    references = reference_sizes(optimizer)
+    assert references[1] == 0.0
+    alone = torch.optim.AdamW([one], lr=1e-3)
+    assert probe(optimizer, references) == probe(alone, reference_sizes(alone))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
