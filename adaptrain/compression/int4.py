@@ -92,14 +92,23 @@ class Int4Embedding(nn.Module):
         steps: Their steps.
         columns: The width of an entry.
         padding_idx: The entry of padding, if any; only noted.
+        dtype: Of what it returns: that of the model's other layers.
     """
 
-    def __init__(self, packed: Tensor, steps: Tensor, columns: int, padding_idx: int | None = None) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        steps: Tensor,
+        columns: int,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = len(packed), columns
         self.padding_idx = padding_idx
         self.register_buffer("packed", packed)
         self.register_buffer("steps", steps)
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -109,7 +118,8 @@ class Int4Embedding(nn.Module):
         return _unpacked(packed, steps, self.embedding_dim)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Returns the entries of `ids`, float32, of shape (*ids.shape, width)."""
+        """Returns the entries of `ids`, of shape (*ids.shape, width)."""
         packed: Any = self.packed
         steps: Any = self.steps
-        return _unpacked(packed[ids], steps[ids], self.embedding_dim)
+        like: Any = self.like
+        return _unpacked(packed[ids], steps[ids], self.embedding_dim).to(like.dtype)

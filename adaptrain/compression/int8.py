@@ -102,14 +102,18 @@ class Int8Embedding(nn.Module):
         multiples: The weights as `round_rows` returns them, shape (entries, width).
         steps: Their steps, shape (entries,).
         padding_idx: The entry of padding, if any; only noted.
+        dtype: Of what it returns: that of the model's other layers.
     """
 
-    def __init__(self, multiples: Tensor, steps: Tensor, padding_idx: int | None = None) -> None:
+    def __init__(
+        self, multiples: Tensor, steps: Tensor, padding_idx: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = multiples.shape
         self.padding_idx = padding_idx
         self.register_buffer("multiples", multiples)
         self.register_buffer("steps", steps)
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -119,7 +123,8 @@ class Int8Embedding(nn.Module):
         return multiples * steps[:, None]
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Returns the entries of `ids`, float32, of shape (*ids.shape, width)."""
+        """Returns the entries of `ids`, of shape (*ids.shape, width)."""
         multiples: Any = self.multiples
         steps: Any = self.steps
-        return multiples[ids] * steps[ids].unsqueeze(-1)
+        like: Any = self.like
+        return (multiples[ids] * steps[ids].unsqueeze(-1)).to(like.dtype)

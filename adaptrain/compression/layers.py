@@ -39,7 +39,7 @@ def convert(
         model: The model.
         round_weight: Returns what is held of a matrix of shape (outputs, inputs), or (entries, width).
         linear: Makes a layer of that and a bias, or None.
-        embedding: Makes a layer of that and the entry of padding, or None.
+        embedding: Makes a layer of that, the entry of padding or None, and the dtype of what it is to return.
 
     Returns:
         The model.
@@ -51,7 +51,7 @@ def convert(
             rounded[weight.data_ptr()] = round_weight(weight.T if is_transposed(module) else weight)
         held = rounded[weight.data_ptr()]
         if isinstance(module, nn.Embedding):
-            setattr(parent, name, embedding(*held, module.padding_idx))
+            setattr(parent, name, embedding(*held, module.padding_idx, weight.dtype))
         else:
             setattr(parent, name, linear(*held, module.bias))
     return model

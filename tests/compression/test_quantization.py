@@ -128,6 +128,19 @@ def test_every_family_in_lower_precision_says_nearly_the_same(name, method) -> N
     assert lower.size_bytes < (0.55 if method == "bf16" else 0.5) * none.size_bytes  # biases and norms count here
 
 
+@pytest.mark.parametrize("method", ["bf16", "int8_dynamic", "int8_weight", "int4_weight"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("make", [tiny_bert, tiny_llama])
+def test_a_model_keeps_the_precision_of_its_other_layers(make, dtype, method, tmp_path) -> None:
+    model = make().eval().to(dtype)
+    quantized = quantize(model, method=method)
+    said = logits(quantized.model)
+    assert said.dtype == (torch.bfloat16 if method == "bf16" else dtype)
+    expected = logits(quantize(copy.deepcopy(model).float(), method=method).model)
+    torch.testing.assert_close(said.float(), expected.float(), rtol=0.05, atol=0.05)
+    assert torch.equal(logits(load_quantized(save_quantized(quantized, tmp_path))), said)
+
+
 @pytest.mark.parametrize(("method", "held"), [("int8_weight", "multiples"), ("int4_weight", "packed")])
 def test_what_is_shared_is_held_once(method, held) -> None:
     quantized = quantize(tiny_llama(), method).model
