@@ -148,6 +148,22 @@ def refuse_unsupported(trainer: Any, pl_module: Any, *, callback: str) -> None:
     refuse_sharded(trainer, callback=callback)
 
 
+def refuse_endless(trainer: Any, *, callback: str) -> None:
+    """Refuses, in `on_train_start`, a run whose length nothing tells: what is planned along it would never come.
+
+    Raises:
+        ConfigurationError: Neither steps nor a `WallClock` limit it ahead, as with a loader of unknown length.
+    """
+    if share_of_data(trainer) is not None or total_steps(trainer) is not None:
+        return
+    if not any(getattr(other, "limit_s", None) for other in trainer.callbacks):
+        raise ConfigurationError(
+            f"{callback} plans along the run, but nothing tells how long it is: max_steps={trainer.max_steps},"
+            f" max_epochs={trainer.max_epochs}, and batches of an epoch: {trainer.num_training_batches}. Set"
+            " Trainer(max_steps=<n>), or add adaptrain.WallClock(minutes=<m>), which also takes the place of max_time."
+        )
+
+
 def refuse_sharded(trainer: Any, *, callback: str) -> None:
     """Raises `ConfigurationError` for a strategy that shards parameters: its ranks must all run the same forwards."""
     strategy = type(trainer.strategy).__name__

@@ -89,6 +89,7 @@ class Quantization(AdaptiveCallback):
     def _reset(self) -> None:
         self._match: Match | None = None
         self._trials: tuple[Trial, ...] = ()
+        self._shape: tuple[int, int] | None = None
         self._aware = False  # also in a dry run, which would be
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -107,6 +108,12 @@ class Quantization(AdaptiveCallback):
                 f"{type(pl_module).__name__} is the model and the LightningModule in one, so that no other model can be"
                 " validated in its place. Hold the model as an attribute."
             )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Finds the shape to measure at; refuses a run of unknown length where rounded weights begin along it."""
+        if self.aware_from is not None:
+            _lightning.refuse_endless(trainer, callback=type(self).__name__)
+        self._shape = self.latency_input or typical_shape(trainer.train_dataloader)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begins with rounded weights where that is due; a resumed run does so where it was."""
@@ -143,7 +150,7 @@ class Quantization(AdaptiveCallback):
         return [dict(vars(trial)) for trial in self._trials]
 
     def _quantize(self, trainer: Any, pl_module: Any, match: Match) -> None:
-        shape = self.latency_input or typical_shape(trainer.train_dataloader)
+        shape = self._shape or self.latency_input or typical_shape(trainer.train_dataloader)
         first = validate_again(trainer, pl_module)
         chosen = (self.monitor, metric_mode(self.monitor)) if self.monitor else choose_metric(first)
         if chosen is not None and chosen[0] not in first:

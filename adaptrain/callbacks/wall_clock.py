@@ -52,13 +52,18 @@ class WallClock(AdaptiveCallback):
         self._spent = False
         self._progress: Progress | None = None
 
+    @property
+    def limit_s(self) -> float | None:
+        """Seconds training may take; None where no limit holds."""
+        return None if self.minutes is None or self.dry_run else 60 * self.minutes
+
     def progress_fraction(self, trainer: Any) -> float:
         """Returns the share of the run that is spent, in [0, 1], the same on every rank.
 
         Args:
             trainer: The trainer, once it can tell its number of steps (from `configure_optimizers` on).
         """
-        limit = None if self.minutes is None or self.dry_run else 60 * self.minutes
+        limit = self.limit_s
         if (share := _lightning.share_of_data(trainer)) is not None:
             return max(share, Progress(wall_clock_s=limit).fraction(step=0, elapsed_s=self._elapsed))
         if self._progress is None:

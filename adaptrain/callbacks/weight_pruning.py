@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost_table import with_structure
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import Match
-from adaptrain.pruning.shape import typical_shape
+from adaptrain.pruning.shape import read_shape, typical_shape
 from adaptrain.pruning.weight_masks import (
     masked_projections,
     pattern_mask,
@@ -51,12 +52,13 @@ class WeightPruning(AdaptiveCallback):
             every m weights along a matrix's inputs the n largest stay.
         schedule: When events come and how far each goes: an object with `plan()`, such as `CubicSchedule`, or its
             arguments as a mapping. None: `CubicSchedule()`.
+        latency_input: The (batch, sequence) that `report` measures at; None: the training data's median.
         dry_run: Record what would become zero, and change nothing.
         name: Tells two instances apart in a checkpoint.
 
     Raises:
         ConfigurationError: An argument is out of its range; or, before training, the model is of no known family, or
-            a matrix cannot hold the pattern.
+            a matrix cannot hold the pattern, or the data does not show its shape.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class WeightPruning(AdaptiveCallback):
         sparsity: float | None = None,
         granularity: str = "unstructured",
         schedule: Any = None,
+        latency_input: Sequence[int] | None = None,
         dry_run: bool = False,
         name: str | None = None,
     ) -> None:
@@ -73,12 +76,14 @@ class WeightPruning(AdaptiveCallback):
         self.granularity = granularity
         self.sparsity = _read_sparsity(sparsity, self.pattern)
         self.schedule = read_schedule(schedule)
+        self.latency_input = None if latency_input is None else read_shape(latency_input)
         self._reset()
 
     def _reset(self) -> None:
         self._match: Match | None = None
         self._masks: list[tuple[nn.Parameter, Tensor]] = []
         self._done = 0
+        self._shape = (1, 1)  # as found when training starts
         self._zeros = 0.0  # recorded, in a dry run too
         self._report: dict[str, Any] = {}
 
@@ -102,6 +107,8 @@ class WeightPruning(AdaptiveCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Keeps the zeros of a run that is resumed, and hooks into the optimizer's step."""
+        _lightning.refuse_endless(trainer, callback=type(self).__name__)
+        self._shape = self.latency_input or typical_shape(trainer.train_dataloader)
         if self._done and not self.dry_run:
             self._follow_zeros()
         for optimizer in trainer.optimizers:
@@ -208,7 +215,7 @@ class WeightPruning(AdaptiveCallback):
 
     def _measure(self, trainer: Any) -> dict[str, Any]:
         assert self._match is not None
-        match, shape = self._match, typical_shape(trainer.train_dataloader)
+        match, shape = self._match, self._shape
         inputs = match.example_inputs(*shape)
         dense = with_structure(Match(match.dense_twin(), match.family), structures.current(match))
         masked = copy.deepcopy(dense)  # and not the model itself, which may carry hooks
