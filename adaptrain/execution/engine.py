@@ -18,7 +18,7 @@ from adaptrain.execution.memory import GIB, StepMemory
 from adaptrain.execution.noise import NoiseProbe, NoiseSample
 from adaptrain.execution.plan import Split
 from adaptrain.execution.ranks import Ranks
-from adaptrain.execution.split import BatchLayout, Piece, batch_size, layout
+from adaptrain.execution.split import BatchLayout, Piece, batch_size, layout, why_whole
 from adaptrain.execution.step import Failure, Outcome, StepRunner
 from adaptrain.execution.weight import WeightBy
 from adaptrain.policies.batch_size import Forecast, MicroBatchSizePolicy, Proposal
@@ -189,8 +189,8 @@ class MicroBatching:
         if shape is None and "whole" not in self._said:
             self._said.add("whole")
             warnings.warn(
-                "BatchSizeController cannot split this batch: its tensors do not share one size in dimension 0. It"
-                " runs whole. Give `split`, a callable (batch, micro_batch_size) -> micro-batches, to serve it.",
+                f"BatchSizeController cannot split this batch: {why_whole(batch)}. It runs whole. Give `split`, a"
+                " callable (batch, micro_batch_size) -> micro-batches, to serve it.",
                 stacklevel=2,
             )
         if shape is not None and shape.length == 1 and self._by_length and "samples" not in self._said:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections import UserDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +117,7 @@ class BatchLayout:
 def batch_size(batch: Any) -> int | None:
     """Returns the samples of a batch: the size its tensors share in dimension 0.
 
-    Served are tensors, and mappings (`dict`, `BatchEncoding`), tuples, named tuples and lists of them, nested. A
+    Served are tensors, and mappings (`dict`, `BatchEncoding`), dataclasses, tuples and lists of them, nested. A
     tensor without dimensions, or with one row beside others of more, and anything that is not a tensor is shared by
     all micro-batches, except a list with one entry per sample, which is split.
 
@@ -126,10 +127,21 @@ def batch_size(batch: Any) -> int | None:
     Returns:
         The size, or None where there is no tensor or their sizes differ: such a batch cannot be split safely.
     """
-    sizes = {leaf.shape[0] for leaf, _ in _leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim}
+    sizes = {leaf.shape[0] for leaf, _ in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim}
     if len(sizes) == 2:
         sizes.discard(1)
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def why_whole(batch: Any) -> str:
+    """Returns what keeps a batch without a `batch_size` from being split."""
+    sizes = {path: leaf.shape[0] for leaf, path in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim}
+    if batch_size(batch) == 0:
+        return "it holds no samples"
+    if not sizes:
+        return f"no tensors are found in a {type(batch).__name__}"
+    named = [f"{'.'.join(map(str, path)) or 'the tensor'}: {size}" for path, size in list(sizes.items())[:8]]
+    return f"its tensors do not share one size in dimension 0 ({', '.join(named)})"
 
 
 def elements_per_sample(batch: Any) -> int:
@@ -137,7 +149,7 @@ def elements_per_sample(batch: Any) -> int:
     size = batch_size(batch)
     if not size:
         return 1
-    tensors = (leaf for leaf, _ in _leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+    tensors = (leaf for leaf, _ in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
     return max(1, sum(leaf.numel() for leaf in tensors if leaf.shape[0] == size) // size)
 
 
@@ -150,7 +162,7 @@ def copy_containers(batch: Any) -> Any:
         return copied
     if type(batch) in (list, tuple):
         return type(batch)(copy_containers(value) for value in batch)
-    return batch
+    return _with_fields(batch, lambda _, value: copy_containers(value)) if _is_dataclass(batch) else batch
 
 
 def layout(
@@ -177,7 +189,7 @@ def layout(
     size = batch_size(batch)
     if size is None or size == 0:
         return None
-    named = {path[-1]: leaf for leaf, path in reversed(list(_leaves(batch))) if path and isinstance(leaf, Tensor)}
+    named = {path[-1]: leaf for leaf, path in reversed(list(leaves(batch))) if path and isinstance(leaf, Tensor)}
     mask = named.get("attention_mask")
     if mask is None or mask.ndim != 2:
         ids = named.get("input_ids")
@@ -205,7 +217,7 @@ def layout(
     if min(lengths) == max(lengths) == columns:
         return BatchLayout(size, length=columns)
     order = sorted(range(size), key=lambda row: -lengths[row])
-    whole = frozenset(path for leaf, path in _leaves(batch) if _only_looks_like_sequence(leaf, used))
+    whole = frozenset(path for leaf, path in leaves(batch) if _only_looks_like_sequence(leaf, used))
     return BatchLayout(size, columns, spans, order if order != list(range(size)) else None, whole, piece_cost)
 
 
@@ -223,15 +235,29 @@ def _only_looks_like_sequence(leaf: Any, used: Tensor) -> bool:
     return bool((leaf.masked_fill(used, 0) != 0).any())
 
 
-def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+def leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Yields what a batch holds, containers opened, each with the keys that lead to it."""
     if isinstance(node, Mapping):
         for key, value in node.items():
-            yield from _leaves(value, (*path, key))
+            yield from leaves(value, (*path, key))
     elif isinstance(node, (list, tuple)):
         for number, value in enumerate(node):
-            yield from _leaves(value, (*path, number))
+            yield from leaves(value, (*path, number))
+    elif _is_dataclass(node):
+        yield from leaves({field.name: getattr(node, field.name) for field in dataclasses.fields(node)}, path)
     else:
         yield node, path
+
+
+def _is_dataclass(node: Any) -> bool:
+    return dataclasses.is_dataclass(node) and not isinstance(node, (type, Mapping))
+
+
+def _with_fields(node: Any, change: Callable[[str, Any], Any]) -> Any:
+    result = copy.copy(node)
+    for each in dataclasses.fields(node):
+        object.__setattr__(result, each.name, change(each.name, getattr(node, each.name)))  # frozen ones too
+    return result
 
 
 def _map_samples(node: Any, size: int, change: Any, path: tuple[Any, ...] = ()) -> Any:
@@ -244,8 +270,10 @@ def _map_samples(node: Any, size: int, change: Any, path: tuple[Any, ...] = ()) 
             result[key] = _map_samples(value, size, change, (*path, key))
         return result
     if isinstance(node, (list, tuple)):
-        if len(node) == size and not any(isinstance(leaf, Tensor) for leaf, _ in _leaves(node)):
+        if len(node) == size and not any(isinstance(leaf, Tensor) for leaf, _ in leaves(node)):
             return change(node, path) if not hasattr(node, "_fields") else node
         items = [_map_samples(value, size, change, (*path, number)) for number, value in enumerate(node)]
         return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
+    if _is_dataclass(node):
+        return _with_fields(node, lambda name, value: _map_samples(value, size, change, (*path, name)))
     return node

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptrain.errors import ConfigurationError
-from adaptrain.execution.split import IGNORED
+from adaptrain.execution.split import IGNORED, leaves
 
 WeightBy = str | Callable[[Any], float]
 
@@ -60,17 +60,11 @@ def _repeats(ids: Tensor, labels: Tensor, counted: Tensor) -> bool:
     return bool(torch.where(counted, labels == ids, True).all())
 
 
-def _find(node: Any, name: str) -> Tensor | None:
-    if isinstance(node, Mapping):
-        if isinstance(node.get(name), Tensor):
-            return node[name]
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for value in node:
-            if (found := _find(value, name)) is not None:
-                return found
-    return None
+def _find(batch: Any, name: str) -> Tensor | None:
+    found = [(len(path), leaf) for leaf, path in leaves(batch) if path[-1:] == (name,) and isinstance(leaf, Tensor)]
+    return min(found, key=lambda each: each[0])[1] if found else None
 
 
 def _names(batch: Any) -> str:
-    return ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    names = [str(path[-1]) for _, path in leaves(batch) if path and isinstance(path[-1], str)]
+    return ", ".join(names) or f"a {type(batch).__name__}"

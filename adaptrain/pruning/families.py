@@ -208,6 +208,11 @@ def find_family(module: nn.Module) -> Match:
             " declare another with adaptrain.pruning.families.register_family."
         )
     model = next(iter(found.values()))
+    if hasattr(model, "get_base_model"):
+        raise ConfigurationError(
+            f"{type(model).__name__} is peft's wrapper, whose adapters would not follow a structure that changes. Give"
+            " the plain model, merged: model.merge_and_unload(). adaptrain.LowRankAdapters puts adapters into it."
+        )
     for family in _FAMILIES:
         if family.matches(model):
             match = Match(model, family)

@@ -77,7 +77,7 @@ def _batch_size(loader: Any) -> int | None:
 
 def _length(batch: Any) -> int:
     """Returns the tokens of each sample of a padded batch."""
-    tokens = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else None
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else getattr(batch, "input_ids", None)
     if tokens is None and isinstance(batch, Sequence) and len(batch) > 0:
         tokens = batch[0]
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:

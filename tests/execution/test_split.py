@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+import re
 from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
 from transformers import BatchEncoding
 
-from adaptrain.execution.split import batch_size, layout
+from adaptrain.execution.split import batch_size, copy_containers, layout, why_whole
+from adaptrain.execution.weight import sample_weights
 
 Pair = namedtuple("Pair", ["x", "y"])
+
+
+@dataclass(frozen=True)
+class Sentences:
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    texts: list
 
 
 def padded(lengths: list[int], columns: int, *, side: str = "right") -> dict[str, torch.Tensor]:
@@ -42,6 +52,8 @@ def tokens(pieces) -> list[int]:
         ({"x": torch.zeros(6), "scale": torch.tensor(1.0), "ids": torch.zeros(1, 8)}, 6),
         ({"x": torch.zeros(6), "class_weight": torch.zeros(3)}, None),
         (["a", "b"], None),
+        (Sentences(torch.zeros(4, 2), torch.zeros(4), ["a"] * 4), 4),
+        (Sentences, None),
         ({}, None),
         (torch.tensor(1.0), None),
     ],
@@ -147,6 +159,7 @@ def test_an_all_padding_row_is_served() -> None:
         lambda b: OrderedDict(b),
         lambda b: Pair(b["input_ids"], [b, "note"]),
         lambda b: (b, torch.tensor(3.0)),
+        lambda b: Sentences(b["input_ids"], b["labels"], [b]),
     ],
 )
 def test_containers_keep_their_type(wrap) -> None:
@@ -161,6 +174,31 @@ def test_a_list_with_an_entry_per_sample_follows_its_rows() -> None:
     pieces = cut(batch, 2)
     assert [piece["names"] for piece in pieces] == [["b", "d"], ["a", "c"]]
     assert {piece["note"] for piece in pieces} == {"shared"}
+
+
+def test_a_dataclass_is_split_like_a_mapping_and_stays_as_it_is() -> None:
+    batch = Sentences(torch.arange(8).view(4, 2), torch.arange(4), ["a", "b", "c", "d"])
+    pieces = cut(batch, 2)
+    assert [piece.texts for piece in pieces] == [["a", "b"], ["c", "d"]]
+    assert torch.equal(torch.cat([piece.input_ids for piece in pieces]), batch.input_ids)
+    assert batch.texts == ["a", "b", "c", "d"]
+    own = copy_containers({"inner": batch})
+    assert own["inner"] is not batch
+    assert own["inner"].input_ids is batch.input_ids
+    assert sample_weights(Sentences(batch.input_ids, torch.tensor([[1, -100], [1, 1]]), []), 2, "auto") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("batch", "why"),
+    [
+        (object(), "no tensors are found in a object"),
+        ({"x": torch.zeros(6, 2), "y": [torch.zeros(3)]}, r"do not share one size.*\(x: 6, y.0: 3\)"),
+        ({"x": torch.zeros(0, 2)}, "no samples"),
+    ],
+)
+def test_it_says_why_a_batch_runs_whole(batch, why) -> None:
+    assert layout(batch, by_length=False) is None
+    assert re.search(why, why_whole(batch))
 
 
 def test_the_batch_itself_is_not_changed() -> None:

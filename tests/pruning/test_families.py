@@ -72,6 +72,16 @@ def test_others_are_refused_by_name(build, seen) -> None:
         find_family(build())
 
 
+# peft asks transformers for it by the older name.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_model_wrapped_by_peft_is_refused_with_what_to_do() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(MODELS["bert"](), peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    with pytest.raises(ConfigurationError, match=r"PeftModelForSequenceClassification is peft's.*merge_and_unload"):
+        find_family(model)
+    assert find_family(model.merge_and_unload()).family.name == "bert"
+
+
 def test_a_projection_that_is_no_plain_linear_is_refused() -> None:
     model = tiny_bert()
     model.bert.encoder.layer[1].intermediate.dense = nn.Sequential(model.bert.encoder.layer[1].intermediate.dense)
