@@ -66,7 +66,13 @@ def from_columns(
     names: list[str] = []
     indices: dict[str, list[int]] = {}
     if labels:
-        keys = {split: [_label_key(v, where[split]) for v in values] for split, values in labels.items()}
+        for split, values in splits.items():
+            if empty := sum(not text.strip() for text in values):
+                notes.append(f"{where[split]}: {empty} of {len(values)} texts are empty.")
+        keys = {
+            split: [_label_key(value, f"{where[split]}, sample {n},") for n, value in enumerate(values, start=1)]
+            for split, values in labels.items()
+        }
         names, indices = _index_labels(keys, where, label_names)
     if "val" not in splits:
         groups = indices.get("train") or [0] * len(splits["train"])
@@ -92,6 +98,8 @@ def from_columns(
 def _label_key(value: Any, where: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, str) and not value.strip():
+        raise ConfigurationError(f"{where} has an empty label. Fill it in, or remove the sample.")
     if isinstance(value, (str, int)):  # bool is an int
         return str(value)
     raise ConfigurationError(

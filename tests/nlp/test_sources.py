@@ -31,6 +31,19 @@ def test_labels_may_be_integers_floats_without_fraction_and_strings_of_them() ->
         raw([0.5, 1.0])
 
 
+def test_an_empty_label_is_no_class_and_is_named_with_its_sample() -> None:
+    with pytest.raises(ConfigurationError, match=r"b\.csv, sample 2, has an empty label"):
+        raw(["x", "y"], val=["x", " "])
+
+
+def test_empty_texts_are_kept_and_noted() -> None:
+    labels = {"train": ["x", "y", "x"], "val": ["x"]}
+    result = from_columns({"train": ["a", "", " "], "val": ["b"]}, labels, val_fraction=0.25, seed=3, where=WHERE)
+    assert len(result.texts["train"]) == 3
+    assert "a.csv: 2 of 3 texts are empty." in result.notes
+    assert not any("b.csv" in note for note in result.notes)
+
+
 def test_one_class_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"a\.csv has only one class, 'x', in 3 samples"):
         raw(["x", "x", "x"])
