@@ -77,8 +77,14 @@ def built_from(key: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        if key == "trainer" and _is_lightning_refusal(cause):
+            no_device = re.search("accelerator|backend found", str(cause), re.IGNORECASE)
+            hint = " trainer.accelerator=auto takes the best device there is." if no_device else ""
+            raise ConfigurationError(f"{key}: {str(cause).strip()}{hint}") from error
         if message := user_message(cause):
             raise ConfigurationError(message) from error
+        if isinstance(cause, ImportError) and str(cause).startswith("Requirement"):  # Lightning's, with how to get it
+            raise ConfigurationError(f"{key}: {cause}") from error
         # Lightning's Trainer refuses some values (devices=-3) with a TypeError.
         wrong_type = isinstance(cause, TypeError) and ("argument" in str(cause) or key == "trainer")
         if isinstance(cause, ValueError) or wrong_type:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from adaptrain.app.errors import user_message
 from adaptrain.errors import ConfigurationError
@@ -20,7 +21,7 @@ CASES = [
     (["+callbacks.pruning.foo=1"], ["callbacks.pruning", "foo"]),
     (["callbacks.pruning=7"], ["callbacks.pruning", "7"]),
     (["trainer.accelerator=abacus"], ["trainer", "abacus", "cpu"]),
-    (["trainer.accelerator=gpu"], ["gpu"]),
+    (["trainer.accelerator=tpu"], ["trainer", "torch_xla"]),
     (["+trainer.foo=1"], ["trainer", "foo"]),
     (["trainer.devices=-3"], ["trainer", "devices"]),
     (["trainer.max_steps=-1"], ["Nothing ends this run", "trainer.max_steps"]),
@@ -39,6 +40,11 @@ CASES = [
     (["budget.params=0.01"], ["params", "0.01"]),
     (["model=pretrained", "model.name_or_path=./no_such_model"], ["no_such_model"]),
 ]
+
+has_mps = torch.backends.mps.is_available()
+for device, seen, is_there in (("gpu", "gpu", torch.cuda.is_available() or has_mps), ("mps", "MPS", has_mps)):
+    if not is_there:
+        CASES.append(([f"trainer.accelerator={device}"], ["trainer", seen, "trainer.accelerator=auto"]))
 
 
 @pytest.mark.parametrize(("overrides", "said"), CASES, ids=[" ".join(case[0]) for case in CASES])
