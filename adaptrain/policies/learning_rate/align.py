@@ -8,6 +8,8 @@ from statistics import fmean, variance
 
 from adaptrain.policies.learning_rate.factor import Factor
 
+_FIRST = 8  # losses that tell where training began
+
 
 class Align(Factor):
     """Raises the rate while new gradients keep pointing where the optimizer already goes.
@@ -24,7 +26,10 @@ class Align(Factor):
     error from the first half of them to the second), where little can be lost. Where the steps are less than a tenth of
     what the cap allows, it is raised to the cap at once: what is safe for a rate that was too high is for this one.
     That is all a hint does for weights that were trained, which are only raised by `rise` else: what they know can be
-    lost, and under a new head their gradients agree and the loss stands still for a while at a good rate as well.
+    lost, and under a new head their gradients agree and the loss stands still for a while at a good rate as well. But
+    as long as the loss is where it began (the last 8 samples within a standard error of the first 8, and never yet 3
+    below), 16 samples with a mean above 0 are enough for a `rise`, where steps may be 1.5 times as long: what the cap
+    allows trained weights is safe, and a short fine-tuning is over before noisy gradients agree for sure.
     Fresh weights begin at the cap: in the first test a mean above 0 is enough, where steps may be 1.5 times as long.
     The steps that waiting for evidence takes do not come back, and there is nothing yet to be lost. For the same reason
     that first test does not wait for the end of a warm-up, but for its first eighth (see `Multiplier`).
@@ -46,7 +51,7 @@ class Align(Factor):
         fresh: Whether the weights were not trained before.
     """
 
-    _state = ("log", "limit", "fresh", "cosines", "losses", "skip", "calm", "mean")
+    _state = ("log", "limit", "fresh", "begun_at", "cosines", "losses", "skip", "calm", "mean")
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class Align(Factor):
         self.log = 0.0
         self.limit = math.log(ceiling)
         self.mean: float | None = None  # of c in the last test that ended
+        self.begun_at: list[float] | None = None if fresh else []  # first losses of trained weights, until they fall
         self.restart()
 
     def restart(self) -> None:
@@ -102,6 +108,8 @@ class Align(Factor):
         Returns:
             What a test that ended with it is sure of: 1, gradients agree; -1, they oppose; else 0, as for a hint.
         """
+        if loss is not None and self.begun_at is not None and len(self.begun_at) < _FIRST:
+            self.begun_at.append(loss)
         if self.skip > 0:
             self.skip -= steps
             return 0
@@ -120,6 +128,8 @@ class Align(Factor):
             self._move(math.log(headroom) if far else self.rise * steep, mean)
         elif z < -self.significance:
             self._move(-self.rise, mean)
+        elif self._nothing_is_learned() and count >= 2 * _FIRST and mean > 0 and headroom > 1.5:
+            self._move(self.rise, mean)
         elif count >= self.patience:
             self._end(mean, skip=0, calm=True)
         return (z > self.significance) - (z < -self.significance)
@@ -127,10 +137,16 @@ class Align(Factor):
     def _loss_stands_still(self) -> bool:
         half = len(self.losses) // 2
         early, late = self.losses[:half], self.losses[half:]
-        if len(early) < 4:
+        return len(early) >= 4 and not _fell(early, late)
+
+    def _nothing_is_learned(self) -> bool:
+        if self.begun_at is None or min(len(self.begun_at), len(self.losses)) < _FIRST:
             return False
-        error = math.sqrt(variance(early) / len(early) + variance(late) / len(late))
-        return fmean(early) - fmean(late) < error
+        late = self.losses[-_FIRST:]
+        stands = not _fell(self.begun_at, late)
+        if _fell(self.begun_at, late, errors=3.0):
+            self.begun_at = None
+        return stands
 
     def _move(self, by: float, mean: float) -> None:
         self.log = max(0.0, min(self.log + by, max(self.limit, self.log)))
@@ -149,6 +165,12 @@ class Align(Factor):
         self.limit = max(0.0, min(self.limit, self.log - math.log(2)))
         self.log = min(self.log, self.limit)
         self.restart()
+
+
+def _fell(early: Sequence[float], late: Sequence[float], *, errors: float = 1.0) -> bool:
+    """Whether losses fell, by so many standard errors of the difference."""
+    error = math.sqrt(variance(early) / len(early) + variance(late) / len(late))
+    return fmean(early) - fmean(late) >= errors * error
 
 
 def _errors_above_zero(values: Sequence[float]) -> float:
