@@ -44,9 +44,14 @@ def choose(cfg: DictConfig, *, sweep_job: str | None) -> Path:
     Args:
         cfg: The config.
         sweep_job: The folder Hydra gave a job of a sweep, or None.
+
+    Raises:
+        ConfigurationError: `run_dir` names a folder that holds something, or one for all jobs of a sweep.
     """
     if not is_rank_zero() and FOLDER_VARIABLE in os.environ:
         return Path(os.environ[FOLDER_VARIABLE])
+    if cfg.run_dir is not None:
+        return _named(Path(str(cfg.run_dir)).expanduser(), sweep_job)
     if sweep_job is not None:
         return Path(sweep_job)
     parent = Path(cfg.runs_dir) / cfg.experiment_name
@@ -55,6 +60,20 @@ def choose(cfg: DictConfig, *, sweep_job: str | None) -> Path:
     while folder.exists():
         number += 1
         folder = parent / f"{name}_{number}"
+    return folder
+
+
+def _named(folder: Path, sweep_job: str | None) -> Path:
+    if sweep_job is not None:
+        raise ConfigurationError(
+            f"run_dir={folder} names one folder, and every job of a sweep has its own. Leave it out; hydra.sweep.dir"
+            " says where they all go."
+        )
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigurationError(
+            f"run_dir={folder} is there and not an empty folder. To go on with its run: resume={folder}."
+            " For a new one name another folder."
+        )
     return folder
 
 

@@ -54,6 +54,22 @@ def test_a_run_leaves_a_complete_folder(command: Command, tiny: list[str], workp
     assert versions["torch"] == torch.__version__.split("+")[0] or versions["torch"] == torch.__version__
 
 
+def test_a_run_goes_where_run_dir_says_and_over_no_other(command: Command, tiny: list[str], workplace: Path) -> None:
+    (workplace / "mine").mkdir()
+    short = [*tiny, "callbacks=none", "trainer.max_steps=2", "run_dir=mine"]
+    assert command(*short).code == 0
+    assert {path.name for path in workplace.iterdir()} == {"mine"}
+    before = (workplace / "mine" / "summary.json").read_bytes()
+    again = command(*short)
+    assert again.code == 2
+    assert "run_dir=mine" in again.err
+    assert "resume=mine" in again.err
+    assert (workplace / "mine" / "summary.json").read_bytes() == before
+    sweep = command("-m", *short[:-1], "run_dir=other", "seed=1,2")
+    assert sweep.code != 0
+    assert "hydra.sweep.dir" in sweep.err
+
+
 def test_the_last_checkpoint_holds_the_final_weights(command: Command, tiny: list[str], workplace: Path) -> None:
     assert command(*tiny, "budget.params=0.8").code == 0
     folder = only_run(workplace)
