@@ -71,6 +71,8 @@ def validate_again(trainer: Any, pl_module: Any) -> dict[str, float]:
     if loaders is None:
         return {}
     with nested_trainer(trainer, pl_module) as nested:
+        # The module is as training left it. A copy in lower precision inside of it stays as it is, too.
+        nested.precision_plugin.convert_module = lambda module: module
         found = nested.validate(pl_module, dataloaders=loaders, verbose=False)
     return {name: float(value) for result in found for name, value in result.items()}
 

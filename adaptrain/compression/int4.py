@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from adaptrain.compression.layers import HeldInFewBits
 
 GROUP = 32  # weights of a row that share a step: 4.5 bits each with it
 _LARGEST = 7  # of a symmetric number of 4 bits
@@ -50,7 +52,7 @@ def _unpacked(packed: Tensor, steps: Tensor, columns: int) -> Tensor:
     return (multiples * steps[..., None].float()).flatten(-2)[..., :columns]
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(HeldInFewBits):
     """A linear layer with weights in 4 bits; it multiplies in the inputs' precision.
 
     Args:
@@ -84,7 +86,7 @@ class Int4Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-class Int4Embedding(nn.Module):
+class Int4Embedding(HeldInFewBits):
     """An embedding with weights in 4 bits.
 
     Args:

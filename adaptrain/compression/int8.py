@@ -6,8 +6,10 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from adaptrain.compression.layers import HeldInFewBits
 
 _LARGEST = 127  # of a symmetric signed byte
 
@@ -35,7 +37,7 @@ def rounded_to_rows(weight: Tensor) -> Tensor:
     return (multiples * steps[:, None]).to(weight.dtype)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(HeldInFewBits):
     """A linear layer with weights in 8 bits.
 
     Args:
@@ -95,7 +97,7 @@ class Int8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, dynamic={self.dynamic}"
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(HeldInFewBits):
     """An embedding with weights in 8 bits.
 
     Args:

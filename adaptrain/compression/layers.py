@@ -10,6 +10,22 @@ from torch import Tensor, nn
 from adaptrain.pruning.projections import is_transposed
 
 
+class HeldInFewBits(nn.Module):
+    """A layer whose buffers keep their dtypes, wherever it is moved: steps in fewer bits would round once more.
+
+    `model.to(torch.bfloat16)`, which Lightning does to what it validates in true half precision, changes only what an
+    embedding returns, by its empty buffer `like`.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = {name: tensor for name, tensor in self.named_buffers(recurse=False) if name != "like"}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            if (moved := self._buffers[name]) is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+
 def roundable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Yields the linear layers (also GPT-2's `Conv1D`) and embeddings of a model, each with its parent and its name.
 

@@ -131,7 +131,9 @@ def quantize(
         raise ConfigurationError(f"candidates names {odd[0]!r}; methods are {', '.join(METHODS)}.")
     if method == "auto" and example_inputs is None:
         raise ConfigurationError("method='auto' measures on this device, and needs example_inputs to do so.")
-    wanted = [name for name in candidates if name != "none"] if method == "auto" else [method]
+    has_bf16 = all(p.dtype == torch.bfloat16 for p in model.parameters())  # then it is no other candidate
+    others = [name for name in candidates if name != "none" and not (name == "bf16" and has_bf16)]
+    wanted = others if method == "auto" else [method]
     built: dict[str, Any] = {"none": _copy_of(model)}
     refused: dict[str, str] = {}
     for name in wanted:

@@ -7,10 +7,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 
 from adaptrain import ConfigurationError, OneShotSchedule, ProgressivePruning, Quantization
 from adaptrain.callbacks.base import decision_log
-from adaptrain.compression import load_quantized
+from adaptrain.compression import load_quantized, quantize
 from adaptrain.compression.int8 import Int8Linear
 from tests.toys import TextModule, quiet_trainer, text_loader, tiny_bert, weights
 
@@ -27,9 +28,10 @@ class Judged(TextModule):
         self.log("val/loss", self.model(**batch).loss)
 
 
-def run(tmp_path, callback: Any, module: Any = None, others: Any = ()) -> Any:
+def run(tmp_path, callback: Any, module: Any = None, others: Any = (), **settings: Any) -> Any:
     module = module or Judged()
-    trainer = quiet_trainer(tmp_path, callbacks=[callback, *others], max_epochs=2, num_sanity_val_steps=0)
+    settings = {"max_epochs": 2, "num_sanity_val_steps": 0} | settings
+    trainer = quiet_trainer(tmp_path, callbacks=[callback, *others], **settings)
     trainer.fit(module, text_loader(), text_loader() if isinstance(module, Judged) else None)
     return trainer, module
 
@@ -49,6 +51,20 @@ def test_a_run_leaves_a_copy_in_lower_precision(tmp_path) -> None:
     assert (decision.old, decision.new) == ("float32", "int8_dynamic")
     assert "val/accuracy 0.9 → 0.9" in decision.reason
     assert [trial["method"] for trial in callback.report()] == ["none", "int8_dynamic"]
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("method", ["bf16", "int8_dynamic", "int8_weight", "int4_weight"])
+def test_what_is_validated_in_another_precision_is_saved_as_it_was_made(tmp_path, precision, method) -> None:
+    _, module = run(tmp_path, Quantization(method=method), precision=precision)
+    expected = quantize(module.model, method).model.state_dict()
+    found = load_file(tmp_path / "quantized" / "model.safetensors")
+    assert len(found) > 10
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype
+        assert torch.equal(value, expected[name])
+    kept = load_quantized(tmp_path / "quantized").state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in expected.items())
 
 
 def test_what_loses_too_much_is_not_chosen(tmp_path, caplog) -> None:

@@ -141,6 +141,24 @@ def test_a_model_keeps_the_precision_of_its_other_layers(make, dtype, method, tm
     assert torch.equal(logits(load_quantized(save_quantized(quantized, tmp_path))), said)
 
 
+def test_a_model_in_bfloat16_is_not_tried_in_bfloat16_again() -> None:
+    tried = quantize(tiny_bert().eval().to(torch.bfloat16), "auto", example_inputs=batch()).trials
+    assert [trial.method for trial in tried] == ["none", "int8_dynamic", "int8_weight", "int4_weight"]
+
+
+@pytest.mark.parametrize("method", ["int8_dynamic", "int8_weight", "int4_weight"])
+def test_another_dtype_changes_what_is_computed_and_not_what_is_held(method) -> None:
+    quantized = quantize(tiny_bert().eval(), method).model
+    logits(quantized)  # packs the weights
+    steps = {name: value.clone() for name, value in quantized.state_dict().items() if "steps" in name}
+    halved = copy.deepcopy(quantized).to(torch.bfloat16)
+    assert logits(halved).dtype == torch.bfloat16
+    torch.testing.assert_close(logits(halved).float(), logits(quantized), rtol=0.05, atol=0.05)
+    assert steps
+    assert all(torch.equal(halved.state_dict()[name], value) for name, value in steps.items())
+    assert all(halved.state_dict()[name].dtype == value.dtype for name, value in steps.items())
+
+
 @pytest.mark.parametrize(("method", "held"), [("int8_weight", "multiples"), ("int4_weight", "packed")])
 def test_what_is_shared_is_held_once(method, held) -> None:
     quantized = quantize(tiny_llama(), method).model
