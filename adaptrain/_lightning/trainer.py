@@ -148,17 +148,21 @@ def refuse_unsupported(trainer: Any, pl_module: Any, *, callback: str) -> None:
     refuse_sharded(trainer, callback=callback)
 
 
-def refuse_endless(trainer: Any, *, callback: str) -> None:
-    """Refuses, in `on_train_start`, a run whose length nothing tells: what is planned along it would never come.
+def refuse_endless(trainer: Any, *, user: str) -> None:
+    """Refuses a run whose length nothing tells: what is planned along it would never come.
+
+    Args:
+        trainer: The trainer, from `configure_optimizers` on.
+        user: Who plans along the run, for the message.
 
     Raises:
         ConfigurationError: Neither steps nor a `WallClock` limit it ahead, as with a loader of unknown length.
     """
-    if share_of_data(trainer) is not None or total_steps(trainer) is not None:
+    if share_of_data(trainer) is not None or math.isfinite(trainer.estimated_stepping_batches):
         return
     if not any(getattr(other, "limit_s", None) for other in trainer.callbacks):
         raise ConfigurationError(
-            f"{callback} plans along the run, but nothing tells how long it is: max_steps={trainer.max_steps},"
+            f"{user} plans along the run, but nothing tells how long it is: max_steps={trainer.max_steps},"
             f" max_epochs={trainer.max_epochs}, and batches of an epoch: {trainer.num_training_batches}. Set"
             " Trainer(max_steps=<n>), or add adaptrain.WallClock(minutes=<m>), which also takes the place of max_time."
         )

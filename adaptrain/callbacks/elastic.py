@@ -140,7 +140,7 @@ class ElasticTraining(AdaptiveCallback):
         assert self._pruner is not None
         assert self._scorer is not None
         assert self._match is not None
-        _lightning.refuse_endless(trainer, callback=type(self).__name__)
+        _lightning.refuse_endless(trainer, user=type(self).__name__)
         check_optimizers(self._match, trainer.optimizers)
         if self._networks:
             self._open()

@@ -114,7 +114,7 @@ class LayerFreezing(AdaptiveCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Builds the policy, and freezes again what a resumed run had frozen."""
         if self.begin > 0 or self.by == "schedule":
-            _lightning.refuse_endless(trainer, callback=type(self).__name__)
+            _lightning.refuse_endless(trainer, user=type(self).__name__)
         assert self._match is not None
         count = len(self._match.layers)
         most = max(1, min(count - 1, round(self.most * count)))

@@ -191,7 +191,7 @@ class ProgressivePruning(AdaptiveCallback):
         """Builds the cost table, and refuses a target that cannot be met."""
         if self._match is None or self._scorer is None:
             return
-        _lightning.refuse_endless(trainer, callback=type(self).__name__)
+        _lightning.refuse_endless(trainer, user=type(self).__name__)
         if self._done < len(self.schedule.plan()):
             self._stop_scoring = self._scorer.start()
             self.on_exit(self._stop_scoring)

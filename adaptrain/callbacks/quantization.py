@@ -112,7 +112,7 @@ class Quantization(AdaptiveCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Finds the shape to measure at; refuses a run of unknown length where rounded weights begin along it."""
         if self.aware_from is not None:
-            _lightning.refuse_endless(trainer, callback=type(self).__name__)
+            _lightning.refuse_endless(trainer, user=type(self).__name__)
         self._shape = self.latency_input or typical_shape(trainer.train_dataloader)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

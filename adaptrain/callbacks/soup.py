@@ -102,7 +102,7 @@ class WeightSoup(AdaptiveCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Drops what a run that went further before it was killed had kept."""
         if self.begin > 0:
-            _lightning.refuse_endless(trainer, callback=type(self).__name__)
+            _lightning.refuse_endless(trainer, user=type(self).__name__)
         folder = self._folder(trainer)
         if _lightning.is_rank_zero(trainer):
             _tidy(folder, [entry["step"] for entry in self._kept])

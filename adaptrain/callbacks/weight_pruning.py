@@ -107,7 +107,7 @@ class WeightPruning(AdaptiveCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Keeps the zeros of a run that is resumed, and hooks into the optimizer's step."""
-        _lightning.refuse_endless(trainer, callback=type(self).__name__)
+        _lightning.refuse_endless(trainer, user=type(self).__name__)
         self._shape = self.latency_input or typical_shape(trainer.train_dataloader)
         if self._done and not self.dry_run:
             self._follow_zeros()

@@ -47,7 +47,12 @@ class _TextModule(_lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Returns AdamW and a schedule over the progress of the run, so that a wall-clock budget ends annealed."""
+        """Returns AdamW and a schedule over the progress of the run, so that a wall-clock budget ends annealed.
+
+        Raises:
+            ConfigurationError: Nothing tells how long the run is, so that a schedule would stay at its beginning.
+        """
+        _lightning.refuse_endless(self.trainer, user=f"The schedule of {type(self).__name__}")
         optimizer = build_optimizer(self.model, **self._optimizer)
         multiplier = progress_schedule(**self._schedule)
         scheduler = torch.optim.lr_scheduler.LambdaLR(

@@ -49,6 +49,13 @@ def fit_and_test(root: Path, model: Any, data: Any, **kwargs: Any) -> dict[str, 
     return {name: float(value) for name, value in (metrics | dict(trainer.callback_metrics)).items()}
 
 
+def test_a_schedule_of_a_run_without_an_end_is_refused_before_training(tmp_path, data) -> None:
+    model = TextClassifier(data=data, **SMALL)
+    trainer = quiet_trainer(tmp_path, max_epochs=-1, max_time="00:00:01:00")
+    with pytest.raises(ConfigurationError, match=r"The schedule of TextClassifier plans.*WallClock"):
+        trainer.fit(model, datamodule=data)
+
+
 def test_a_classifier_from_scratch_learns_and_logs(tmp_path: Path, data: TextDataModule) -> None:
     model = TextClassifier(data=data, lr=1e-2, dropout=0.0, **SMALL)
     metrics = fit_and_test(tmp_path, model, data, max_epochs=8)
