@@ -158,7 +158,7 @@ def refuse_endless(trainer: Any, *, user: str) -> None:
     Raises:
         ConfigurationError: Neither steps nor a `WallClock` limit it ahead, as with a loader of unknown length.
     """
-    if share_of_data(trainer) is not None or math.isfinite(trainer.estimated_stepping_batches):
+    if share_of_data(trainer) is not None or 0 <= trainer.estimated_stepping_batches < math.inf:
         return
     if not any(getattr(other, "limit_s", None) for other in trainer.callbacks):
         raise ConfigurationError(
