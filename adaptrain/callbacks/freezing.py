@@ -13,6 +13,7 @@ from adaptrain import _lightning
 from adaptrain._lightning.structure import forget_compiled, unwrapped
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.errors import ConfigurationError
+from adaptrain.execution.update_probe import total_norm
 from adaptrain.policies.freezing import Freezing
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import Match
@@ -232,10 +233,7 @@ def _parameters_below(model: Any, layers: Any) -> list[nn.Parameter]:
 
 def _gradient_norm(layer: nn.Module) -> Tensor:
     gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-    if not gradients:
-        return torch.zeros((), device=next(layer.parameters()).device)
-    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return total_norm(gradients).to(next(layer.parameters()).device)
 
 
 def _detach(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,8 +13,7 @@ from adaptrain.pruning.projections import is_transposed
 class HeldInFewBits(nn.Module):
     """A layer whose buffers keep their dtypes, wherever it is moved: steps in fewer bits would round once more.
 
-    `model.to(torch.bfloat16)`, which Lightning does to what it validates in true half precision, changes only what an
-    embedding returns, by its empty buffer `like`.
+    `model.to(torch.bfloat16)` changes only what an embedding returns, by its empty buffer `like`.
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

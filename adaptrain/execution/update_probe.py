@@ -57,19 +57,22 @@ def why_off(optimizer: Optimizer, factors: Sequence[str]) -> str | None:
 
 
 def gradients(optimizer: Optimizer) -> list[Tensor]:
-    """Returns the gradients of the optimizer's parameters as real numbers; of a sparse one its values."""
+    """Returns the gradients of the optimizer's parameters; of a sparse one its values."""
     found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    dense = [g.coalesce().values() if g.is_sparse else g for g in found]
-    return [torch.view_as_real(g) if g.is_complex() else g for g in dense]
+    return [g.coalesce().values() if g.is_sparse else g for g in found]
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the norm of all tensors together as a scalar on the first one's device; not finite where any is not."""
+    found = [torch.view_as_real(t) if t.is_complex() else t for t in tensors if t.numel()]
+    if not found:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack([n.to(found[0].device) for n in _norms(found)]))
 
 
 def gradient_norm(optimizer: Optimizer) -> Tensor:
     """Returns the norm of all gradients as a scalar; not finite where any gradient is not."""
-    found = [g for g in gradients(optimizer) if g.numel()]
-    if not found:
-        return torch.zeros(())
-    device = found[0].device
-    return torch.linalg.vector_norm(torch.stack([n.to(device) for n in _norms(found)]))
+    return total_norm(gradients(optimizer))
 
 
 def reference_sizes(optimizer: Optimizer) -> list[float]:
