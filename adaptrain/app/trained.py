@@ -86,6 +86,9 @@ def load(path: Path) -> Trained:
         if name.startswith(_PREFIX)
     }
     model = _build(described, checkpoint)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in weights:  # a run in bf16-true or 64-true stays what it is, and as large
+            tensor.data = tensor.data.to(weights[name].dtype)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

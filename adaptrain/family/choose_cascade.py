@@ -143,8 +143,8 @@ def _pairs(family: ModelFamily, seen: list[_Seen], small: str | None, large: str
         asks = "a cascade can gain nothing: use it alone" if small is None else f"{small!r} has no one to ask"
         raise ConfigurationError(
             f"The member {best.member.name!r} has the best accuracy, and no slower one makes a faster one better, so"
-            f" {asks}. FamilyCheckpoint(recovery_steps=...) finishes the training of larger members. Or name one:"
-            " large=..."
+            f" {asks}. FamilyCheckpoint(recovery_steps=...) finishes the training of larger members. Or name it:"
+            " family.cascade(..., large=...)."
         )
     return pairs
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from adaptrain.app import trained
+from adaptrain.compression import export
 from tests.app.conftest import Command, only_run
 from tests.compression.test_export import RELOAD
 
@@ -61,6 +62,16 @@ def test_a_run_is_exported_and_loads_without_adaptrain(workplace: Path, command:
     done = run_script("elsewhere.ckpt", "other")
     assert done.returncode == 2
     assert "load_from_checkpoint(MyModule, path)" in done.stderr
+
+
+def test_a_run_in_bfloat16_is_exported_in_bfloat16(workplace: Path, command: Command, tiny: list[str]) -> None:
+    outcome = command("+experiment=quickstart", *tiny, "callbacks=none", "trainer.precision=bf16-true")
+    assert outcome.code == 0, outcome.err
+    found = trained.load(only_run(workplace))
+    assert {weight.dtype for weight in found.model.parameters()} == {torch.bfloat16}
+    written = export(found.model, workplace / "out", tokenizer=found.tokenizer)
+    assert written.size_bytes < 2.2 * written.params
+    assert json.loads((workplace / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_help_explains_layouts_and_formats() -> None:
