@@ -11,8 +11,17 @@ from adaptrain import _lightning
 from adaptrain._lightning.nested import validate_again
 from adaptrain._lightning.structure import before_hook, forget_compiled
 from adaptrain.callbacks.base import AdaptiveCallback
+from adaptrain.compression.ao import check_installed
 from adaptrain.compression.aware import AWARE_METHODS, train_rounded
-from adaptrain.compression.quantization import METHODS, Quantized, Trial, quantize, save_quantized
+from adaptrain.compression.quantization import (
+    ALL_METHODS,
+    METHODS,
+    Quantized,
+    Trial,
+    check_candidates,
+    quantize,
+    save_quantized,
+)
 from adaptrain.errors import ConfigurationError
 from adaptrain.family.about import find_tokenizer
 from adaptrain.family.metric import choose_metric
@@ -39,7 +48,9 @@ class Quantization(AdaptiveCallback):
     It is worth it only where rounding costs something; try without it first.
 
     Args:
-        method: `"auto"`, which tries all, or one of `"bf16"`, `"int8_dynamic"`, `"int8_weight"`, `"int4_weight"`.
+        method: `"auto"`, which tries `candidates`, or one of `"bf16"`, `"int8_dynamic"`, `"int8_weight"`,
+            `"int4_weight"`, and by torchao `"torchao_int8_dynamic"`, `"torchao_int8_weight"`.
+        candidates: What `"auto"` tries; torchao's methods only where they are named.
         aware_from: The share of training, in [0, 1), from which on it is quantization-aware; it needs a `method` in 8
             or 4 bits. None: the model is rounded after training only.
         max_metric_drop: How much worse than in full precision the metric may be, in its own units.
@@ -59,6 +70,7 @@ class Quantization(AdaptiveCallback):
         self,
         *,
         method: str = "auto",
+        candidates: Sequence[str] = METHODS,
         aware_from: float | None = None,
         max_metric_drop: float = 0.01,
         minimize: Literal["latency", "size"] = "latency",
@@ -68,8 +80,10 @@ class Quantization(AdaptiveCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(dry_run=dry_run, name=name)
-        if method not in (*METHODS[1:], "auto"):
-            raise ConfigurationError(f"method must be one of auto, {', '.join(METHODS[1:])}, got {method!r}.")
+        if method not in (*ALL_METHODS[1:], "auto"):
+            raise ConfigurationError(f"method must be one of auto, {', '.join(ALL_METHODS[1:])}, got {method!r}.")
+        check_installed(method)
+        check_candidates(candidates)
         if aware_from is not None:
             _check_aware(aware_from, method)
         if isinstance(max_metric_drop, bool) or not isinstance(max_metric_drop, (int, float)) or max_metric_drop < 0:
@@ -79,6 +93,7 @@ class Quantization(AdaptiveCallback):
         if monitor is not None:
             metric_mode(monitor, callback=type(self).__name__)  # refuses a name that does not tell which way is better
         self.method = method
+        self.candidates = tuple(candidates)
         self.aware_from = aware_from
         self.max_metric_drop = max_metric_drop
         self.minimize: Literal["latency", "size"] = minimize
@@ -174,6 +189,7 @@ class Quantization(AdaptiveCallback):
             mode=chosen[1] if chosen else "max",
             max_metric_drop=self.max_metric_drop,
             minimize=self.minimize,
+            candidates=self.candidates,
         )
         # Ranks measure other times, and one of them decides; each has built the same models.
         method, trials = _lightning.broadcast(trainer, (quantized.method, [vars(t) for t in quantized.trials]))

@@ -15,13 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adaptrain.compression import int4, int8, structured
+from adaptrain.compression import ao, int4, int8, structured
+from adaptrain.compression.ao import AO_METHODS
 from adaptrain.compression.layers import convert
 from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import cost
 from adaptrain.pruning.families import find_family
 
 METHODS = ("none", "bf16", "int8_dynamic", "int8_weight", "int4_weight")
+ALL_METHODS = (*METHODS, *AO_METHODS)
 QUANTIZED_FILE = "quantized.json"
 
 
@@ -102,10 +104,11 @@ def quantize(
     | `int8_dynamic` | weights in 8 bits, integer arithmetic, inputs rounded too (CPU) | a quarter, and time |
     | `int8_weight` | weights in 8 bits, arithmetic as before | a quarter of the size; it costs time |
     | `int4_weight` | weights in 4 bits, arithmetic as before | a seventh of the size; it costs time |
+    | `torchao_int8_dynamic`, `torchao_int8_weight` | the same of linear layers by torchao, also on a GPU | |
     | `auto` | each of `candidates` is built, run, measured and evaluated here; the best that is left | |
 
     Linear layers and embeddings are rounded after training (no calibration data); norms and biases stay. A pruned model
-    keeps its structure, so that both savings multiply.
+    keeps its structure, so that both savings multiply. torchao is imported only when one of its methods is asked for.
 
     Args:
         model: The model, on the device it is to run on.
@@ -116,19 +119,18 @@ def quantize(
         mode: Whether more (`"max"`) or less of the metric is better.
         max_metric_drop: How much worse than the model as it is the metric may be, in its own units.
         minimize: What is best among those: `"latency"`, measured in turns, or `"size"`.
-        candidates: What `auto` tries.
+        candidates: What `auto` tries; torchao's methods too where they are named.
 
     Raises:
         ConfigurationError: An argument is out of its range, or the method does not run here.
     """
-    if method not in (*METHODS, "auto"):
-        raise ConfigurationError(f"method must be one of auto, {', '.join(METHODS)}, got {method!r}.")
+    if method not in (*ALL_METHODS, "auto"):
+        raise ConfigurationError(f"method must be one of auto, {', '.join(ALL_METHODS)}, got {method!r}.")
     if minimize not in ("latency", "size") or mode not in ("max", "min"):
         raise ConfigurationError(f"minimize must be latency or size and mode max or min, got {minimize!r}, {mode!r}.")
     if isinstance(max_metric_drop, bool) or not isinstance(max_metric_drop, (int, float)) or max_metric_drop < 0:
         raise ConfigurationError(f"max_metric_drop must be a number of at least 0, got {max_metric_drop!r}.")
-    if odd := [name for name in candidates if name not in METHODS]:
-        raise ConfigurationError(f"candidates names {odd[0]!r}; methods are {', '.join(METHODS)}.")
+    check_candidates(candidates)
     if method == "auto" and example_inputs is None:
         raise ConfigurationError("method='auto' measures on this device, and needs example_inputs to do so.")
     has_bf16 = all(p.dtype == torch.bfloat16 for p in model.parameters())  # then it is no other candidate
@@ -150,6 +152,18 @@ def quantize(
         trials, method = _choose(trials, mode, max_metric_drop, minimize)
     lost = [Trial(method=name, refused=why) for name, why in refused.items()]
     return Quantized(built[method], method, (*trials, *lost), _described(model))
+
+
+def check_candidates(candidates: Sequence[str]) -> None:
+    """Refuses what `auto` could not try.
+
+    Raises:
+        ConfigurationError: A name is of no method, or torchao's and that is not installed.
+    """
+    for name in [candidates] if isinstance(candidates, str) else candidates:
+        if name not in ALL_METHODS or isinstance(candidates, str):
+            raise ConfigurationError(f"candidates is a list out of {', '.join(ALL_METHODS)}; it names {name!r}.")
+        ao.check_installed(name)
 
 
 def _choose(trials: Sequence[Trial], mode: str, max_drop: float, minimize: str) -> tuple[list[Trial], str]:
@@ -184,8 +198,7 @@ def _measure(
 
 def size_in_file_bytes(model: nn.Module) -> int:
     """Returns the bytes of a model's weights and buffers in a file, those that are shared once."""
-    held = {(tensor.data_ptr(), tensor.numel()): tensor for tensor in model.state_dict().values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in ao.plain_tensors(model).values())
 
 
 def _build(model: nn.Module, method: str) -> Any:
@@ -199,6 +212,8 @@ def _build(model: nn.Module, method: str) -> Any:
         return convert(quantized, int8.round_rows, linear, int8.Int8Embedding)
     if method == "int4_weight":
         return convert(quantized, int4.round_groups, int4.Int4Linear, int4.Int4Embedding)
+    if method in AO_METHODS:
+        return ao.round_linear(quantized, method)
     return quantized
 
 
@@ -245,7 +260,10 @@ def save_quantized(quantized: Quantized, path: str | os.PathLike[str], *, tokeni
     folder.mkdir(parents=True, exist_ok=True)
     about = {**quantized.described, "method": quantized.method, "trials": [vars(trial) for trial in quantized.trials]}
     (folder / QUANTIZED_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    save_model(quantized.model, str(folder / structured.WEIGHTS_FILE), metadata={"format": "pt"})
+    if quantized.method in AO_METHODS:
+        ao.save_weights(quantized.model, folder / structured.WEIGHTS_FILE)
+    else:
+        save_model(quantized.model, str(folder / structured.WEIGHTS_FILE), metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
     return folder
@@ -273,7 +291,10 @@ def load_quantized(path: str | os.PathLike[str], *, model: nn.Module | None = No
         )
     about = json.loads((folder / QUANTIZED_FILE).read_text(encoding="utf-8"))
     built = _build(find_family(structured.rebuild(about, where=folder, model=model)).model, about["method"])
-    load_model(built, str(folder / structured.WEIGHTS_FILE))
+    if about["method"] in AO_METHODS:
+        ao.load_weights(built, folder / structured.WEIGHTS_FILE)
+    else:
+        load_model(built, str(folder / structured.WEIGHTS_FILE))
     return built
 
 

@@ -222,6 +222,29 @@ def test_a_method_that_does_not_run_is_listed_with_its_error() -> None:
         quantize(Picky(), "bf16", example_inputs={"x": torch.randn(2, 8)})
 
 
+def test_torchao_is_refused_where_it_is_missing() -> None:
+    code = """
+import sys
+sys.modules["torchao"] = None  # as if it was not installed
+from adaptrain import ConfigurationError, Quantization
+from adaptrain.compression import quantize
+from tests.toys import tiny_bert
+for refused in (
+    lambda: quantize(tiny_bert(), "torchao_int8_weight"),
+    lambda: quantize(tiny_bert(), example_inputs={}, candidates=["torchao_int8_dynamic"]),
+    lambda: Quantization(method="torchao_int8_dynamic"),
+    lambda: Quantization(candidates=["none", "torchao_int8_dynamic"]),
+):
+    try:
+        refused()
+    except ConfigurationError as error:
+        assert "pip install 'adaptrain[torchao]'" in str(error), error
+    else:
+        raise AssertionError("not refused")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def pruned() -> Any:
     model = tiny_bert(layers=3)
     match = find_family(model)
@@ -265,7 +288,8 @@ def test_quantized_models_pickle_and_copy() -> None:
         ({"method": "auto"}, "needs example_inputs"),
         ({"method": "none", "max_metric_drop": -1}, "max_metric_drop"),
         ({"method": "none", "minimize": "joy"}, "joy"),
-        ({"method": "auto", "candidates": ["int3"]}, "candidates names 'int3'"),
+        ({"method": "auto", "candidates": ["int3"]}, "names 'int3'"),
+        ({"method": "auto", "candidates": "bf16"}, "candidates is a list"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message) -> None:
