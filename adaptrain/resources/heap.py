@@ -6,16 +6,15 @@ import contextlib
 import ctypes
 import os
 import sys
-import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
-__all__ = ["HeapKeeper", "as_elsewhere", "release_free_heap"]
+__all__ = ["as_elsewhere", "map_large_blocks", "release_free_heap"]
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
+_LARGE_BYTES = 2**18
 _USUAL_BYTES = 2**25  # to where glibc's own threshold moves: it follows the blocks that are freed
 
-_mapped_from: int | None = None  # bytes; as the heap, there is one in a process
+_maps = False  # as the heap, there is one in a process
 
 
 def release_free_heap() -> None:
@@ -27,69 +26,43 @@ def release_free_heap() -> None:
     _call("malloc_trim", 0)
 
 
-class HeapKeeper:
-    """Keeps resident memory near what is in use, where tensors of many sizes come and go.
+def map_large_blocks() -> Callable[[], None]:
+    """From now on the heap does not grow by blocks of 256 KiB or more: where none is free, each is mapped on its own.
 
-    What they leave free fits little of what comes next, and the heap grows by pages that hold nothing. From the first
-    call on it does not grow by large blocks: where none of that size is free, they are mapped, each on its own, and
-    their memory goes back when they are freed, for page faults when they are made (mallopt(3), `M_MMAP_THRESHOLD`).
-    What smaller ones leave is given back now and then, in a bounded share of the time. A threshold that the user has
-    set in the environment stays.
+    Where tensors of many sizes come and go, what they leave free fits little of what comes next, and the heap grows by
+    pages that hold nothing. The memory of a mapped block goes back when it is freed, for page faults when it is made,
+    which are few where torch asks for huge pages (`THP_MEM_ALLOC_ENABLE=1`). A threshold that the user has set in the
+    environment stays. Source: mallopt(3), `M_MMAP_THRESHOLD`.
 
-    Call it where as little as possible is in use, such as between two steps.
-
-    Args:
-        large_bytes: The size from which on a block is large.
-        share: The largest share of the time that giving back may take, in (0, 1).
+    Returns:
+        What ends it.
     """
-
-    def __init__(self, *, large_bytes: int = 2**18, share: float = 1 / 256) -> None:
-        self.large_bytes = large_bytes
-        self.share = share
-        self._due = 0.0
-        self._maps = False
-
-    def __call__(self) -> None:
-        """Gives back what is free, unless that was done a short while ago."""
-        if not self._maps:
-            self._maps = True
-            _map_from(self.large_bytes)
-        began = time.monotonic()
-        if began < self._due:
-            return
-        release_free_heap()
-        self._due = began + (time.monotonic() - began) / self.share
-
-    def stop(self) -> None:
-        """Lets the heap grow again."""
-        if self._maps:
-            self._maps = False
-            _map_from(None)
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", ""):
+        return lambda: None
+    _map(True)
+    return lambda: _map(False)
 
 
 @contextlib.contextmanager
 def as_elsewhere() -> Iterator[None]:
-    """The heap as it is in a program without a `HeapKeeper`: for measuring how fast that would be."""
-    mapped_from = _mapped_from
-    if mapped_from is None:
+    """The heap as it is in a program that maps no more than usual: for measuring how fast that would be."""
+    if not _maps:
         yield
         return
-    _map_from(None)
+    _map(False)
     try:
         yield
     finally:
-        _map_from(mapped_from)
+        _map(True)
 
 
-def _map_from(size: int | None) -> None:
-    global _mapped_from
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", ""):
-        return
-    _mapped_from = size
-    _call("mallopt", _M_MMAP_THRESHOLD, _USUAL_BYTES if size is None else size)
+def _map(large: bool) -> None:
+    global _maps
+    _maps = large
+    _call("mallopt", _M_MMAP_THRESHOLD, _LARGE_BYTES if large else _USUAL_BYTES)
 
 
-def _call(function: str, *arguments: Any) -> None:
+def _call(function: str, *arguments: int) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
