@@ -160,9 +160,11 @@ def check_candidates(candidates: Sequence[str]) -> None:
     Raises:
         ConfigurationError: A name is of no method, or torchao's and that is not installed.
     """
-    for name in [candidates] if isinstance(candidates, str) else candidates:
-        if name not in ALL_METHODS or isinstance(candidates, str):
-            raise ConfigurationError(f"candidates is a list out of {', '.join(ALL_METHODS)}; it names {name!r}.")
+    if isinstance(candidates, str) or not isinstance(candidates, Sequence):
+        raise ConfigurationError(f"candidates must be a list out of {', '.join(ALL_METHODS)}, got {candidates!r}.")
+    for name in candidates:
+        if name not in ALL_METHODS:
+            raise ConfigurationError(f"candidates names {name!r}; methods are {', '.join(ALL_METHODS)}.")
         ao.check_installed(name)
 
 

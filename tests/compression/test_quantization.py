@@ -288,8 +288,9 @@ def test_quantized_models_pickle_and_copy() -> None:
         ({"method": "auto"}, "needs example_inputs"),
         ({"method": "none", "max_metric_drop": -1}, "max_metric_drop"),
         ({"method": "none", "minimize": "joy"}, "joy"),
-        ({"method": "auto", "candidates": ["int3"]}, "names 'int3'"),
-        ({"method": "auto", "candidates": "bf16"}, "candidates is a list"),
+        ({"method": "auto", "candidates": ["int3"]}, "candidates names 'int3'"),
+        ({"method": "auto", "candidates": "bf16"}, "candidates must be a list"),
+        ({"method": "auto", "candidates": None}, "candidates must be a list"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message) -> None:
