@@ -16,7 +16,6 @@ method, with the latency it aims at as a fraction of the dense model's behind an
     lightning           Lightning's ModelPruning: 1 - target of the encoder's weights to zero after the first epoch
     small               not pruned: the first layers of the encoder, narrowed to the latency, tuned from the start
 
-Torch asks for huge pages in every arm, as under train.py; THP_MEM_ALLOC_ENABLE=0 in the environment says no.
 Each (arm, seed) runs in a process of its own, is appended to the JSON file when done, and is left out when run again.
 Data are train.tsv, dev.tsv and test.tsv with lines of sentence<TAB>label and no header.
 
@@ -99,7 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = load_results(args.json, settings)
     done = {(result["arm"], result["seed"]) for result in results}
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # heard by the processes started below
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # in every arm, as train.py does: see adaptrain.app.environment
     for seed in args.seeds:
         for arm in _chosen(args.arms):
             if (arm, seed) in done:

@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from adaptrain.app.environment import prepare_environment
+from adaptrain.app.cores import share_cores
 from adaptrain.errors import ConfigurationError
 
 CHUNK = 1024  # texts that are read, sorted by length and answered together
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a text may hold what the terminal cannot say
-    prepare_environment()
+    share_cores()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         run(given)

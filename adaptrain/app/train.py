@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from adaptrain.app import config, errors, overview, sweep
-from adaptrain.app.environment import prepare_environment
+from adaptrain.app.cores import share_cores
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def main() -> None:
     if len(sys.argv) == 1:
         print(overview.experiments_text())  # noqa: T201
         return
-    prepare_environment()
+    share_cores()
     try:
         with overview.folded(sys.argv):
             _hydra_main()

@@ -30,9 +30,8 @@ def map_large_blocks() -> Callable[[], None]:
     """From now on the heap does not grow by blocks of 256 KiB or more: where none is free, each is mapped on its own.
 
     Where tensors of many sizes come and go, what they leave free fits little of what comes next, and the heap grows by
-    pages that hold nothing. The memory of a mapped block goes back when it is freed, for page faults when it is made,
-    which are few where torch asks for huge pages (`THP_MEM_ALLOC_ENABLE=1`). A threshold that the user has set in the
-    environment stays. Source: mallopt(3), `M_MMAP_THRESHOLD`.
+    pages that hold nothing. The memory of a mapped block goes back when it is freed, for page faults when it is made.
+    A threshold that the user has set in the environment stays. Source: mallopt(3), `M_MMAP_THRESHOLD`.
 
     Returns:
         What ends it.

@@ -95,7 +95,6 @@ def command(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     def run(*arguments: str) -> Outcome:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # main would ask for it, where torch is loaded already
         code = 0
         try:
             main()

@@ -89,25 +89,3 @@ def test_threads_wait_instead_of_spin_unless_the_user_says_otherwise(
                 environment.setenv(name, value)
             command("--help")
             assert os.environ.get("GOMP_SPINCOUNT") == spins
-
-
-@pytest.mark.parametrize("given", [None, "0"])
-def test_torch_is_to_ask_for_huge_pages_unless_the_user_says_otherwise(given: str | None) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    code = """
-import os, sys
-import adaptrain.app.train
-from adaptrain.app.environment import prepare_environment
-prepare_environment()
-assert "torch" not in sys.modules, "too late"
-print(os.environ["THP_MEM_ALLOC_ENABLE"])
-"""
-    said = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment if given is None else environment | {"THP_MEM_ALLOC_ENABLE": given},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert said.stdout.strip() == (given or "1")
