@@ -36,7 +36,7 @@ from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import check_optimizers, shrink
 from adaptrain.pruning.target import read_target
 from adaptrain.pruning.units import read_groups, read_round_to
-from adaptrain.resources.heap import map_large_blocks, release_free_heap
+from adaptrain.resources.host import HeapKeeper, release_free_heap
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class ProgressivePruning(AdaptiveCallback):
         self._stop_scoring: Callable[[], None] | None = None
         self._reconstruction: Reconstruction | None = None
         self._report: dict[str, Any] = {}
-        self._maps = False  # large blocks of memory
+        self._give_back = HeapKeeper()
         self._checked = False  # the optimizers' state
         self._done = 0  # events that are over
         self._waited = False  # the event that is due let a validation run first
@@ -220,9 +220,8 @@ class ProgressivePruning(AdaptiveCallback):
         """Prunes where an event is due, after a complete optimizer step."""
         if self._pruner is None or self._scorer is None or not _lightning.at_step_boundary(trainer):
             return
-        if self._scatters(pl_module) and not self._maps:
-            self._maps = True
-            self.on_exit(map_large_blocks())
+        if self._scatters(pl_module):
+            self._give_back()
         if not self._checked:
             assert self._match is not None
             check_optimizers(self._match, trainer.optimizers)

@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.resources.clock import timed
-from adaptrain.resources.heap import as_elsewhere
 
 COPIES = 5  # of a model: where one lies in memory is worth 2 to 5%, so that their mean is known to 1 or 2%
 
@@ -110,7 +109,7 @@ def _in_turns(
     names = list(models)
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
-    with as_elsewhere(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for model in models.values():
             stack.enter_context(evaluating(model))
         gc.disable()

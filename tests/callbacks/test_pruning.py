@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import itertools
 import logging
 import pickle
@@ -138,41 +136,6 @@ def test_validation_finds_the_memory_that_is_free_given_back(tmp_path) -> None:
     trainer.fit(ValidatedTextModule(), text_loader(), text_loader())
     assert len(decision_log(trainer)) == 2
     assert seen.before - seen.after > 60 * 2**20  # of 100 MiB
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc to map large blocks")
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_heap_does_not_grow_by_large_blocks_while_a_pruned_model_trains(tmp_path, fails: bool) -> None:
-    """Or the tensors of other sizes would lie scattered in it, and validation and the last event find no room."""
-
-    libc = ctypes.CDLL("libc.so.6")
-    libc.malloc.restype = ctypes.c_void_p
-    libc.malloc.argtypes = libc.free.argtypes = [ctypes.c_void_p]
-
-    def is_mapped() -> bool:
-        blocks = [libc.malloc(24 * 2**20) for _ in range(40)]  # never touched; so many that none fits what is free
-        found = bool(ctypes.c_size_t.from_address(blocks[-1] - 8).value & 2)  # IS_MMAPPED
-        for block in blocks:
-            libc.free(block)
-        libc.malloc_trim(0)
-        return found
-
-    seen: list[bool] = []
-
-    class Watch(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            seen.append(is_mapped())
-            if fails and trainer.global_step == 10:
-                raise KeyError("on purpose")
-
-    libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, whatever other tests have left
-    callback = pruning(schedule=CubicSchedule(begin=0.5, end=0.5, events=1))
-    with pytest.raises(KeyError, match="on purpose") if fails else contextlib.nullcontext():
-        run(tmp_path, callback, others=[Watch()])
-    assert callback.state_dict()["done"] == 1
-    assert not seen[0]
-    assert seen[-1]
-    assert not is_mapped()
 
 
 def test_uniform_layers_stay_what_a_config_can_describe(tmp_path, caplog) -> None:
