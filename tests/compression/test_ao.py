@@ -15,8 +15,7 @@ from torch import nn
 from adaptrain import ConfigurationError, Quantization
 from adaptrain.compression import load_quantized, quantize, save_quantized
 from adaptrain.compression.ao import AO_METHODS
-from adaptrain.pruning.families import find_family
-from tests.compression.test_quantization import batch, logits, pruned
+from tests.compression.test_quantization import batch, check_says_nearly_the_same, logits, pruned
 from tests.pruning.models import MODELS
 from tests.toys import ValidatedTextModule, quiet_trainer, text_loader, tiny_bert
 
@@ -45,14 +44,7 @@ def test_weights_in_8_bits_give_nearly_the_product(method) -> None:
 @pytest.mark.parametrize("name", ["bert", "llama", "distilbert", "t5"])
 def test_every_family_says_nearly_the_same(name, method) -> None:
     model = MODELS[name]().eval()
-    before = copy.deepcopy(model.state_dict())
-    inputs = find_family(model).example_inputs(4, 12)
-    expected = logits(model, inputs)
-    quantized = quantize(model, method)
-    said = logits(quantized.model, inputs).float()
-    assert float((said - expected).abs().max()) < 0.1 * float(expected.abs().max())
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    none, lower = quantized.trials
+    none, lower = check_says_nearly_the_same(model, method)
     linear = sum(m.weight.numel() for m in model.modules() if type(m) is nn.Linear)
     assert lower.size_bytes < none.size_bytes - 2 * linear
 

@@ -112,10 +112,8 @@ def test_every_family_in_four_bits(name) -> None:
     assert quantized.trials[1].size_bytes < 0.45 * quantized.trials[0].size_bytes  # biases and norms count here
 
 
-@pytest.mark.parametrize("method", ["bf16", "int8_dynamic", "int8_weight"])
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "distilbert", "t5"])
-def test_every_family_in_lower_precision_says_nearly_the_same(name, method) -> None:
-    model = MODELS[name]().eval()
+def check_says_nearly_the_same(model: Any, method: str) -> tuple[Any, Any]:
+    """Checks a quantized model's logits beside the model's, which is to stay as it is; returns the two trials."""
     before = copy.deepcopy(model.state_dict())
     inputs = find_family(model).example_inputs(4, 12)
     expected = logits(model, inputs)
@@ -125,6 +123,13 @@ def test_every_family_in_lower_precision_says_nearly_the_same(name, method) -> N
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     none, lower = quantized.trials
     assert none.method == "none"
+    return none, lower
+
+
+@pytest.mark.parametrize("method", ["bf16", "int8_dynamic", "int8_weight"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "distilbert", "t5"])
+def test_every_family_in_lower_precision_says_nearly_the_same(name, method) -> None:
+    none, lower = check_says_nearly_the_same(MODELS[name]().eval(), method)
     assert lower.size_bytes < (0.55 if method == "bf16" else 0.5) * none.size_bytes  # biases and norms count here
 
 
