@@ -17,11 +17,17 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
 
 
 def touch(mib: int) -> None:
-    """Uses and frees memory that goes back to the system at once."""
+    """Uses and frees memory that goes back to the system at once, also where the heap had room for it."""
     block = bytearray(mib * MIB)
     block[::4096] = b"\1" * len(block[::4096])
     del block
+    settle()
+
+
+def settle() -> None:
+    """Gives back what other tests left: garbage is not to go in the middle, and what the heap keeps shows no use."""
     gc.collect()
+    host.release_free_heap()
 
 
 def without_clear_refs(tmp_path: Path) -> Path:
@@ -33,7 +39,7 @@ def without_clear_refs(tmp_path: Path) -> Path:
 
 @linux
 def test_kernel_mark_sees_a_peak_that_is_gone_and_forgets_it_on_reset() -> None:
-    gc.collect()  # what other tests left is not to go in the middle
+    settle()
     base = host.process_memory_bytes()
     with PeakMemory() as peak:
         assert peak.source == "VmHWM"
@@ -45,12 +51,12 @@ def test_kernel_mark_sees_a_peak_that_is_gone_and_forgets_it_on_reset() -> None:
 
 @linux
 def test_overlapping_measurements_do_not_disturb_each_other() -> None:
-    gc.collect()  # what other tests left is not to go in the middle
+    settle()
     base = host.process_memory_bytes()
     with PeakMemory() as outer:
         touch(128)
         with PeakMemory() as inner:
-            touch(48)  # above 32 MiB glibc always maps anew; less it may take from what is free in the heap
+            touch(48)
         assert base + 16 * MIB <= inner.read() < base + 100 * MIB
         assert outer.read() >= base + 100 * MIB
 
@@ -65,7 +71,7 @@ def test_result_stays_after_close() -> None:
 
 
 def test_samples_where_the_mark_cannot_be_reset(tmp_path: Path) -> None:
-    gc.collect()  # what other tests left is not to go in the middle
+    settle()
     base = host.process_memory_bytes()
     with PeakMemory(interval_s=0.001, proc=without_clear_refs(tmp_path)) as peak:
         assert peak.source == "sampling"
