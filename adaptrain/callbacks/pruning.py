@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
@@ -27,6 +28,7 @@ from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import KINDS, Match
 from adaptrain.pruning.importance import Scorer, Scores
 from adaptrain.pruning.optimizer_state import skip_empty
+from adaptrain.pruning.placement import move_out
 from adaptrain.pruning.plain import uniform_kinds
 from adaptrain.pruning.pruner import Pruner
 from adaptrain.pruning.reconstruction import Reconstruction, Substitute, take_over
@@ -36,10 +38,11 @@ from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import check_optimizers, shrink
 from adaptrain.pruning.target import read_target
 from adaptrain.pruning.units import read_groups, read_round_to
-from adaptrain.resources.host import HeapKeeper, release_free_heap
+from adaptrain.resources.heap import blocks_outside_of_heap, release_free_heap
 
 _log = logging.getLogger(__name__)
 
+_OUTSIDE = 2**18  # bytes: smaller blocks are too many to be given back each time
 _WATCHED = 8  # steps before an event, for what stands in for the units that go
 
 
@@ -129,7 +132,7 @@ class ProgressivePruning(AdaptiveCallback):
         self._stop_scoring: Callable[[], None] | None = None
         self._reconstruction: Reconstruction | None = None
         self._report: dict[str, Any] = {}
-        self._give_back = HeapKeeper()
+        self._outside = False  # whether large blocks lie outside of the host's heap
         self._checked = False  # the optimizers' state
         self._done = 0  # events that are over
         self._waited = False  # the event that is due let a validation run first
@@ -220,12 +223,11 @@ class ProgressivePruning(AdaptiveCallback):
         """Prunes where an event is due, after a complete optimizer step."""
         if self._pruner is None or self._scorer is None or not _lightning.at_step_boundary(trainer):
             return
-        if self._scatters(pl_module):
-            self._give_back()
         if not self._checked:
             assert self._match is not None
             check_optimizers(self._match, trainer.optimizers)
             self._checked = True
+            self._tidy_heap(trainer, pl_module)  # before the heap has grown around what the optimizer keeps
         plan = self.schedule.plan()
         progress = _lightning.progress(trainer)
         due = sum(event.position <= progress + 1e-9 for event in plan)
@@ -316,6 +318,18 @@ class ProgressivePruning(AdaptiveCallback):
         """Whether training leaves the host's heap in pieces: a pruned model's tensors differ in size in every layer."""
         return self._done > 0 and not self.dry_run and pl_module.device.type == "cpu"
 
+    def _tidy_heap(self, trainer: Any, pl_module: Any) -> None:
+        """On the host: moves what stays out of the heap; once it scatters, lets what does not fit lie outside too."""
+        if self.dry_run or pl_module.device.type != "cpu":
+            return
+        move_out((pl_module, *averaged_copies(trainer, pl_module)), trainer.optimizers)
+        release_free_heap()
+        if self._scatters(pl_module) and not self._outside:
+            self._outside = True
+            stack = contextlib.ExitStack()
+            stack.enter_context(blocks_outside_of_heap(_OUTSIDE))
+            self.on_exit(stack.close)
+
     def _note_structure(self, checkpoint: dict[str, Any]) -> None:
         if self._match is not None:
             checkpoint[CHECKPOINT_KEY] = structures.record(self._match)
@@ -349,12 +363,14 @@ class ProgressivePruning(AdaptiveCallback):
             self._planned = wanted
         else:
             self.announce(trainer, "structure", at_end=at_end)
+            release_free_heap()  # what steps have used: copies are not to come on top of it
             with unwrapped(trainer):
                 take_over(match, substitutes)
                 shrink(match, wanted, trainer.optimizers)
                 for copied in map(find_family, averaged_copies(trainer, pl_module)):
                     take_over(copied, substitutes)
                     shrink(copied, wanted)
+                self._tidy_heap(trainer, pl_module)
             forget_compiled(pl_module)
             release_memory()  # the blocks of the old sizes fit nothing that comes
         old, new, reason, readings = describe_event(

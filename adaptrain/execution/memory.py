@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from adaptrain.resources import host
+from adaptrain.resources.heap import release_free_heap
 
 GIB = 2**30
 _RESOLUTION_BYTES = 2**20  # resident memory is counted in pages, by each thread for a while: less is noise
@@ -66,7 +67,7 @@ class StepMemory:
     def release(self) -> None:
         """Gives back what is free and still counts as used, which is cheap enough to do between two steps."""
         if not self._is_cuda:
-            host.release_free_heap()
+            release_free_heap()
 
     def start(self) -> None:
         """Begins to measure a step; on the host, without what it takes from free blocks of the heap: see `release`."""

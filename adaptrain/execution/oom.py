@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from adaptrain.execution.split import BatchLayout
-from adaptrain.resources.host import release_free_heap
+from adaptrain.resources.heap import release_free_heap
 
 # Substrings of messages, lower case. Only texts that mean "no memory": a plain cuBLAS failure is not one.
 _MESSAGES = (

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.resources.clock import timed
+from adaptrain.resources.heap import LEAST_OUTSIDE, blocks_outside_of_heap
 
 COPIES = 5  # of a model: where one lies in memory is worth 2 to 5%, so that their mean is known to 1 or 2%
 
@@ -84,7 +85,8 @@ def measure_latency(
     turns, copied = max(2, repeats // copies) if copies else repeats, copies > 0 and device.type == "cpu"
     found = []
     for _ in range(max(1, copies)):
-        timed = copy.deepcopy(dict(models), dict(shared)) if copied else models
+        with blocks_outside_of_heap(LEAST_OUTSIDE):
+            timed = copy.deepcopy(dict(models), dict(shared)) if copied else models
         found.append(_in_turns(timed, inputs, device, turns, warm_up=not copied))  # copying is enough of it
     return {name: statistics.fmean(each[name] for each in found) for name in models}
 
@@ -112,6 +114,7 @@ def _in_turns(
     with contextlib.ExitStack() as stack:
         for model in models.values():
             stack.enter_context(evaluating(model))
+        stack.enter_context(blocks_outside_of_heap(None))  # their pages would be paid for in each forward
         gc.disable()
         stack.callback(gc.enable if collecting else gc.disable)
         for name in names if warm_up else ():

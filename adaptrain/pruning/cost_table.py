@@ -14,6 +14,7 @@ from adaptrain.pruning import structure as structures
 from adaptrain.pruning.family import KINDS, Match
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import resize, slices
+from adaptrain.resources.heap import LEAST_OUTSIDE, blocks_outside_of_heap
 
 COSTS = ("params", "flops", "memory", "latency")
 _PROBED_LAYERS = 2  # layers of a probe: enough to tell a layer from the rest, and independent of the model's depth
@@ -277,8 +278,9 @@ def _variant(twin: Match, structure: Structure, layers: Sequence[int] | None = N
     """A copy of the twin with another structure, and only some of its layers; all outside the layers is shared."""
     inside = {id(parameter) for layer in twin.layers for parameter in layer.parameters()}
     shared = {id(p): p for p in (*twin.model.parameters(), *twin.model.buffers()) if id(p) not in inside}
-    variant = Match(copy.deepcopy(twin.model, shared), twin.family)
-    resize(variant, structure)
+    with blocks_outside_of_heap(LEAST_OUTSIDE):
+        variant = Match(copy.deepcopy(twin.model, shared), twin.family)
+        resize(variant, structure)
     if layers is not None:
         variant.keep_layers(layers)
     return variant

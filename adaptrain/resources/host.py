@@ -6,8 +6,6 @@ Control groups, RLIMIT_AS and procfs are Linux's; elsewhere the physical memory 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,6 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 __all__ = [
-    "HeapKeeper",
     "HostProbe",
     "HostReading",
     "MemoryLimit",
@@ -32,47 +29,12 @@ __all__ = [
     "memory_limit_bytes",
     "memory_limits",
     "process_memory_bytes",
-    "release_free_heap",
 ]
 
 
 def process_memory_bytes() -> int:
     """Returns the resident set size of this process, in bytes."""
     return psutil.Process().memory_info().rss
-
-
-def release_free_heap() -> None:
-    """Gives the heap's free blocks back to the system, where the C library is glibc; nothing elsewhere.
-
-    glibc keeps blocks that the program has freed. Until they are given back they count as resident memory, and what
-    is allocated into them does not show there. About 15 ms per 300 MiB; a few microseconds where nothing is free.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-class HeapKeeper:
-    """Gives the heap's free blocks back to the system now and then, in a bounded share of the time.
-
-    Where tensors of many sizes come and go, what is freed fits little of what comes next, and the heap grows by pages
-    that hold nothing. Call it where as little as possible is in use, such as between two steps.
-
-    Args:
-        share: The largest share of the time that giving back may take, in (0, 1).
-    """
-
-    def __init__(self, *, share: float = 1 / 256) -> None:
-        self.share = share
-        self._due = 0.0
-
-    def __call__(self) -> None:
-        """Gives back what is free, unless that was done a short while ago."""
-        began = time.monotonic()
-        if began < self._due:
-            return
-        release_free_heap()
-        self._due = began + (time.monotonic() - began) / self.share
 
 
 def memory_limits(*, proc: Path = PROC, cgroup: Path = CGROUP) -> list[MemoryLimit]:

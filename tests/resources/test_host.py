@@ -176,36 +176,3 @@ def test_processor_use_is_that_since_the_last_reading() -> None:
     assert second.process_cpu_pct > 0
     assert second.cpu_pct is None or 0 <= second.cpu_pct <= 100
     assert second.rss_gib > 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="gives back through glibc")
-def test_free_pages_of_the_heap_are_given_back_in_a_bounded_share_of_the_time() -> None:
-    """In a process of its own, whose heap holds nothing else: blocks of 64 KiB, every other one freed."""
-    program = """
-import ctypes, time
-from adaptrain.resources.host import HeapKeeper, process_memory_bytes
-libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-libc.free.argtypes = [ctypes.c_void_p]
-def spread():
-    blocks = [libc.malloc(65536) for _ in range(1600)]
-    for block in blocks:
-        ctypes.memset(block, 1, 65536)
-    for block in blocks[::2]:
-        libc.free(block)
-    return process_memory_bytes()
-keep = HeapKeeper(share=1 / 50)
-full = spread()
-began = time.monotonic()
-keep()
-took = time.monotonic() - began
-assert full - process_memory_bytes() > 40 * 2**20, "nothing was given back"
-again = spread()
-keep()
-if time.monotonic() - began < 25 * took:
-    assert again - process_memory_bytes() < 2**20, "given back at once again"
-time.sleep(2 * 50 * took)
-keep()
-assert again - process_memory_bytes() > 40 * 2**20, "not given back later"
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

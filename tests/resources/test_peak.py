@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from adaptrain.resources import host
+from adaptrain.resources.heap import release_free_heap
 from adaptrain.resources.peak import PeakMemory, proc_status_bytes
 
 MIB = 2**20
@@ -27,7 +28,7 @@ def touch(mib: int) -> None:
 def settle() -> None:
     """Gives back what other tests left: garbage is not to go in the middle, and what the heap keeps shows no use."""
     gc.collect()
-    host.release_free_heap()
+    release_free_heap()
 
 
 def without_clear_refs(tmp_path: Path) -> Path:
