@@ -24,9 +24,9 @@ def move_out(models: Iterable[nn.Module], optimizers: Sequence[torch.optim.Optim
     Hugging Face loads lie in a private mapping of their file, which stays whole for as long as any tensor in it: what
     is cut off frees nothing.
 
-    Each Parameter and buffer stays the same object. Tensors that are there already, that share their memory with
-    others, are not contiguous, or are of a class of their own stay where they are. Nothing is done where the system is
-    not Linux.
+    Each tensor stays the same object. Those that are there already, share their memory with others, are
+    not contiguous or of a class of their own stay where they are, and so does what the system has no pages for. Nothing
+    is done where the system is not Linux.
 
     Args:
         models: The modules whose parameters and buffers move.
@@ -35,15 +35,15 @@ def move_out(models: Iterable[nn.Module], optimizers: Sequence[torch.optim.Optim
     if sys.platform != "linux":
         return
     held = {id(tensor): tensor for model in models for tensor in (*model.parameters(), *model.buffers())}
-    places = Counter(_place(tensor) for tensor in held.values() if _is_plain(tensor))
-    for tensor in held.values():
-        if _is_plain(tensor) and places[_place(tensor)] == 1:
-            tensor.data = _moved(tensor.data)
     for optimizer in optimizers:
-        for state in optimizer.state.values():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and LEAST_OUTSIDE <= value.nbytes < HEAP_MOST and _is_plain(value):
-                    state[name] = _moved(value)
+        for value in (value for state in optimizer.state.values() for value in state.values()):
+            if isinstance(value, Tensor) and LEAST_OUTSIDE <= value.nbytes < HEAP_MOST:
+                held[id(value)] = value
+    plain = [tensor for tensor in held.values() if _is_plain(tensor)]
+    places = Counter(map(_place, plain))
+    for tensor in plain:
+        if places[_place(tensor)] == 1:
+            tensor.data = _moved(tensor.data)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -63,10 +63,13 @@ def _place(tensor: Tensor) -> int:
 
 
 def _moved(tensor: Tensor) -> Tensor:
-    """Returns a copy, in pages of its own unless it is small."""
+    """Returns a copy, in pages of its own unless it is small; the tensor itself where the system has none to give."""
     if tensor.nbytes < LEAST_OUTSIDE:
         return tensor.clone()
-    pages = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return tensor
     moved = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
     _pages[moved.data_ptr()] = pages
     return moved

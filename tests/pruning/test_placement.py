@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,24 @@ def test_what_shares_memory_goes_on_sharing_it() -> None:
     assert moved == {"table"}
     module.alias.data.fill_(1.0)
     assert bool((module.tied == 1).all())
+
+
+def test_what_the_system_has_no_pages_for_stays_where_it_is() -> None:
+    program = """
+import resource, psutil, torch
+from adaptrain.pruning.placement import move_out
+module = torch.nn.Linear(2048, 2048)
+place, expected = module.weight.data_ptr(), float(module.weight.sum())
+mapped = psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * 2**20, resource.RLIM_INFINITY))
+move_out([module])
+assert module.weight.data_ptr() == place
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+move_out([module])
+assert module.weight.data_ptr() != place
+assert float(module.weight.sum()) == expected
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_copies_and_files_of_it_are_as_of_any_model(tmp_path) -> None:
