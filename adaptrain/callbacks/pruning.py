@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
@@ -38,11 +37,10 @@ from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import check_optimizers, shrink
 from adaptrain.pruning.target import read_target
 from adaptrain.pruning.units import read_groups, read_round_to
-from adaptrain.resources.heap import blocks_outside_of_heap, release_free_heap
+from adaptrain.resources.heap import HeapKeeper, release_free_heap
 
 _log = logging.getLogger(__name__)
 
-_OUTSIDE = 2**18  # bytes: smaller blocks are too many to be given back each time
 _WATCHED = 8  # steps before an event, for what stands in for the units that go
 
 
@@ -132,7 +130,7 @@ class ProgressivePruning(AdaptiveCallback):
         self._stop_scoring: Callable[[], None] | None = None
         self._reconstruction: Reconstruction | None = None
         self._report: dict[str, Any] = {}
-        self._outside = False  # whether large blocks lie outside of the host's heap
+        self._give_back = HeapKeeper()
         self._checked = False  # the optimizers' state
         self._done = 0  # events that are over
         self._waited = False  # the event that is due let a validation run first
@@ -223,6 +221,8 @@ class ProgressivePruning(AdaptiveCallback):
         """Prunes where an event is due, after a complete optimizer step."""
         if self._pruner is None or self._scorer is None or not _lightning.at_step_boundary(trainer):
             return
+        if self._scatters(pl_module):
+            self._give_back()
         if not self._checked:
             assert self._match is not None
             check_optimizers(self._match, trainer.optimizers)
@@ -319,16 +319,10 @@ class ProgressivePruning(AdaptiveCallback):
         return self._done > 0 and not self.dry_run and pl_module.device.type == "cpu"
 
     def _tidy_heap(self, trainer: Any, pl_module: Any) -> None:
-        """On the host: moves what stays out of the heap; once it scatters, lets what does not fit lie outside too."""
-        if self.dry_run or pl_module.device.type != "cpu":
-            return
-        move_out((pl_module, *averaged_copies(trainer, pl_module)), trainer.optimizers)
-        release_free_heap()
-        if self._scatters(pl_module) and not self._outside:
-            self._outside = True
-            stack = contextlib.ExitStack()
-            stack.enter_context(blocks_outside_of_heap(_OUTSIDE))
-            self.on_exit(stack.close)
+        """On the host: moves out of the heap what stays from step to step."""
+        if not self.dry_run and pl_module.device.type == "cpu":
+            move_out((pl_module, *averaged_copies(trainer, pl_module)), trainer.optimizers)
+            release_free_heap()
 
     def _note_structure(self, checkpoint: dict[str, Any]) -> None:
         if self._match is not None:

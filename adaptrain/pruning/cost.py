@@ -114,7 +114,6 @@ def _in_turns(
     with contextlib.ExitStack() as stack:
         for model in models.values():
             stack.enter_context(evaluating(model))
-        stack.enter_context(blocks_outside_of_heap(None))  # their pages would be paid for in each forward
         gc.disable()
         stack.callback(gc.enable if collecting else gc.disable)
         for name in names if warm_up else ():

@@ -6,9 +6,10 @@ import contextlib
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Iterator
 
-__all__ = ["HEAP_MOST", "LEAST_OUTSIDE", "blocks_outside_of_heap", "release_free_heap"]
+__all__ = ["HEAP_MOST", "LEAST_OUTSIDE", "HeapKeeper", "blocks_outside_of_heap", "release_free_heap"]
 
 HEAP_MOST = 4 * 2**20 * ctypes.sizeof(ctypes.c_long)
 """The bytes from which a block lies outside of the heap whatever is set: 32 MiB on a 64-bit system."""
@@ -33,8 +34,31 @@ def release_free_heap() -> None:
         libc.malloc_trim(0)
 
 
+class HeapKeeper:
+    """Gives the heap's free blocks back to the system now and then, in a bounded share of the time.
+
+    Where tensors of many sizes come and go, what is freed fits little of what comes next, and the heap grows by pages
+    that hold nothing. Call it where as little as possible is in use, such as between two steps.
+
+    Args:
+        share: The largest share of the time that giving back may take, in (0, 1).
+    """
+
+    def __init__(self, *, share: float = 1 / 256) -> None:
+        self.share = share
+        self._due = 0.0
+
+    def __call__(self) -> None:
+        """Gives back what is free, unless that was done a short while ago."""
+        began = time.monotonic()
+        if began < self._due:
+            return
+        release_free_heap()
+        self._due = began + (time.monotonic() - began) / self.share
+
+
 @contextlib.contextmanager
-def blocks_outside_of_heap(least: int | None) -> Iterator[None]:
+def blocks_outside_of_heap(least: int) -> Iterator[None]:
     """Lets blocks that find no free place in the heap lie outside of it, where they go back when they are freed.
 
     glibc extends its heap for them, which shrinks from its end alone: one small block there keeps all before it. What
@@ -44,13 +68,13 @@ def blocks_outside_of_heap(least: int | None) -> Iterator[None]:
     or the largest that glibc comes to by itself.
 
     Args:
-        least: Bytes of a block from which it may lie outside; None: `HEAP_MOST`, for what is timed.
+        least: Bytes of a block from which it may lie outside.
     """
     libc = None if _is_set_by_user() else _glibc()
     if libc is None:
         yield
         return
-    limit = HEAP_MOST if least is None else min(least, HEAP_MOST)
+    limit = min(least, HEAP_MOST)
     _limits.append(limit)
     _limit(libc, limit)
     try:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import pickle
@@ -31,7 +30,6 @@ from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.scorers import METHODS
-from adaptrain.resources import heap
 from adaptrain.resources.host import process_memory_bytes
 from tests.pruning.models import MODELS, WITHOUT_HEADS
 from tests.toys import (
@@ -117,25 +115,6 @@ def test_what_an_event_frees_goes_back_to_the_system(tmp_path) -> None:
     freed = cut * 2 * 128 * 4 * 4  # of two matrices in float32: weights, gradients and two moments
     assert freed > 20 * 2**20
     assert max(seen[:6]) - min(seen[6:]) > 0.5 * freed
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is glibc's")
-@pytest.mark.parametrize("fails", [False, True])
-def test_large_blocks_lie_outside_of_the_heap_from_the_first_event_to_the_end(tmp_path, fails) -> None:
-    seen: list[list[int]] = []
-
-    class Watch(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            seen.append(list(heap._limits))
-            if fails and trainer.global_step == 5:
-                raise KeyError("on purpose")
-
-    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
-        run(tmp_path, pruning(), others=[Watch()])
-    assert seen[:2] == [[], []]
-    assert all(limits == [2**18] for limits in seen[3:])
-    assert len(seen) == 5 if fails else 12
-    assert heap._limits == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="maps files as Linux does")

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
 
 ALLOCATE = """
 import ctypes
-from adaptrain.resources.heap import blocks_outside_of_heap, release_free_heap
+from adaptrain.resources.heap import HEAP_MOST, blocks_outside_of_heap, release_free_heap
 from adaptrain.resources.host import process_memory_bytes
 MIB = 2**20
 libc = ctypes.CDLL(None)
@@ -57,13 +57,13 @@ assert full - process_memory_bytes() > 40 * MIB
 
 def test_blocks_that_find_no_free_place_lie_outside_of_the_heap() -> None:
     run_alone("""
-with blocks_outside_of_heap(None):
+with blocks_outside_of_heap(HEAP_MOST):
     assert stays(8 * MIB) > 7 * MIB, "in the heap, held by what is behind it"
 with blocks_outside_of_heap(2**18):
     assert stays(16 * MIB) < MIB, "more than is free there"
     assert stays(2**17) < MIB, "free there"
-    with blocks_outside_of_heap(None):
-        assert stays(24 * MIB) > 15 * MIB, "for what is timed it is the heap again"
+    with blocks_outside_of_heap(HEAP_MOST):
+        assert stays(24 * MIB) > 15 * MIB, "within it is the heap again"
     assert stays(28 * MIB) < MIB, "and what holds around it holds again"
 assert stays(31 * MIB) > 6 * MIB, "as at first"
 """)
@@ -71,7 +71,7 @@ assert stays(31 * MIB) > 6 * MIB, "as at first"
 
 def test_a_block_that_finds_a_free_place_lies_in_the_heap() -> None:
     run_alone("""
-with blocks_outside_of_heap(None):
+with blocks_outside_of_heap(HEAP_MOST):
     stays(24 * MIB)
 before = process_memory_bytes()
 with blocks_outside_of_heap(2**18):
@@ -116,3 +116,36 @@ def test_it_may_be_left_in_any_order() -> None:
     first.__exit__(None, None, None)
     second.__exit__(None, None, None)
     assert heap._limits == []
+
+
+def test_free_pages_of_the_heap_are_given_back_in_a_bounded_share_of_the_time() -> None:
+    """In a process of its own, whose heap holds nothing else: blocks of 64 KiB, every other one freed."""
+    program = """
+import ctypes, time
+from adaptrain.resources.heap import HeapKeeper
+from adaptrain.resources.host import process_memory_bytes
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+def spread():
+    blocks = [libc.malloc(65536) for _ in range(1600)]
+    for block in blocks:
+        ctypes.memset(block, 1, 65536)
+    for block in blocks[::2]:
+        libc.free(block)
+    return process_memory_bytes()
+keep = HeapKeeper(share=1 / 50)
+full = spread()
+began = time.monotonic()
+keep()
+took = time.monotonic() - began
+assert full - process_memory_bytes() > 40 * 2**20, "nothing was given back"
+again = spread()
+keep()
+if time.monotonic() - began < 25 * took:
+    assert again - process_memory_bytes() < 2**20, "given back at once again"
+time.sleep(2 * 50 * took)
+keep()
+assert again - process_memory_bytes() > 40 * 2**20, "not given back later"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
