@@ -228,6 +228,7 @@ class ProgressivePruning(AdaptiveCallback):
             check_optimizers(self._match, trainer.optimizers)
             self._checked = True
             self._tidy_heap(trainer, pl_module)  # before the heap has grown around what the optimizer keeps
+            release_free_heap()
         plan = self.schedule.plan()
         progress = _lightning.progress(trainer)
         due = sum(event.position <= progress + 1e-9 for event in plan)
@@ -322,7 +323,6 @@ class ProgressivePruning(AdaptiveCallback):
         """On the host: moves out of the heap what stays from step to step."""
         if not self.dry_run and pl_module.device.type == "cpu":
             move_out((pl_module, *averaged_copies(trainer, pl_module)), trainer.optimizers)
-            release_free_heap()
 
     def _note_structure(self, checkpoint: dict[str, Any]) -> None:
         if self._match is not None:

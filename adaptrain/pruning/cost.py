@@ -85,10 +85,15 @@ def measure_latency(
     turns, copied = max(2, repeats // copies) if copies else repeats, copies > 0 and device.type == "cpu"
     found = []
     for _ in range(max(1, copies)):
-        with blocks_outside_of_heap(LEAST_OUTSIDE):
-            timed = copy.deepcopy(dict(models), dict(shared)) if copied else models
+        timed = _copied(models, shared) if copied else models
         found.append(_in_turns(timed, inputs, device, turns, warm_up=not copied))  # copying is enough of it
     return {name: statistics.fmean(each[name] for each in found) for name in models}
+
+
+def _copied(models: Mapping[str, nn.Module], shared: Mapping[int, Any]) -> dict[str, nn.Module]:
+    """Returns deep copies, which share what `shared` holds by identity, and which go back when they are freed."""
+    with blocks_outside_of_heap(LEAST_OUTSIDE):
+        return copy.deepcopy(dict(models), dict(shared))
 
 
 def _shared(models: Sequence[nn.Module]) -> dict[int, Any]:
