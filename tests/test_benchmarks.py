@@ -18,6 +18,7 @@ import torch
 
 from adaptrain.pruning import cost
 from adaptrain.pruning.families import find_family
+from tests.processes import run_python
 from tests.toys import TextModule, quiet_trainer, text_loader, text_samples, tiny_bert, weights
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -67,8 +68,7 @@ def test_the_memory_benchmark_runs(tmp_path: Path) -> None:
 
 
 def test_the_memory_benchmark_refuses_half_an_encoder(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "benchmark_memory.py"), "--data", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run_python(SCRIPTS / "benchmark_memory.py", "--data", tmp_path, folder=tmp_path)
     assert done.returncode == 2
     assert "--model and --data go together" in done.stderr
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,19 +128,6 @@ def quiet_trainer(root: Path, *, namespace: Any = pl, **kwargs: Any) -> Any:
 def weights(module: torch.nn.Module) -> torch.Tensor:
     """All parameters as one flat vector."""
     return torch.cat([parameter.detach().flatten().double() for parameter in module.parameters()])
-
-
-def rank_results(script: str, folder: Path) -> list[Any]:
-    """Runs a module as `python -m script folder port`, which forks two ranks, and loads the `rank<n>.pt` of each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # A fresh process, so that the ranks can be forked from it: this one has threads.
-    command = [sys.executable, "-m", script, str(folder), str(port)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def join_ranks(rank: int, port: int) -> None:

@@ -13,13 +13,13 @@ from adaptrain.app import trained
 from adaptrain.compression import export
 from tests.app.conftest import Command, only_run
 from tests.compression.test_export import RELOAD
+from tests.processes import run_python
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "export.py"
 
 
 def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run_python(SCRIPT, *arguments)
 
 
 @pytest.mark.slow

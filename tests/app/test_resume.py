@@ -17,6 +17,7 @@ from adaptrain.app.train import run
 from adaptrain.decisions import read_decisions
 from adaptrain.report import Summary
 from tests.app.conftest import Command, only_run
+from tests.processes import run_python
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["budget.params=0.8", "essentials.checkpoint.every_n_train_steps=3"]
@@ -39,15 +40,8 @@ def interrupted(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
         "from adaptrain.app.train import main\n"
         "main()\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
-    result = subprocess.run(
-        [sys.executable, str(script), *tiny, *SETTINGS],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    environment = {"XDG_CACHE_HOME": str(folder / "cache")}
+    result = run_python(script, *tiny, *SETTINGS, folder=folder, environment=environment)
     assert result.returncode == 9, result.stderr
     return only_run(folder)
 

@@ -12,11 +12,11 @@ from torch import nn
 
 from adaptrain import BatchSizeController
 from adaptrain.callbacks.base import decision_log
+from tests.processes import rank_results
 from tests.toys import (
     TextModule,
     join_ranks,
     quiet_trainer,
-    rank_results,
     text_loader,
     text_samples,
     tiny_bert,

@@ -21,7 +21,8 @@ from adaptrain.execution.overlap import LastBackwardError, ProvenSizes
 from adaptrain.execution.ranks import Ranks
 from adaptrain.execution.split import Piece
 from tests.callbacks.test_batch_size_ddp import TokenModule, samples
-from tests.toys import join_ranks, quiet_trainer, rank_results, text_loader, weights
+from tests.processes import rank_results
+from tests.toys import join_ranks, quiet_trainer, text_loader, weights
 
 UNUSED = "ddp_find_unused_parameters_true"
 EPOCHS = 4  # of two batches each

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -27,6 +26,7 @@ from adaptrain import (
 from adaptrain.callbacks.base import decision_log
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
+from tests.processes import run_python
 from tests.toys import (
     TextModule,
     language_model_samples,
@@ -290,8 +290,8 @@ def whole(tmp_path_factory) -> Any:
 
 def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path) -> None:
     _, trainer, expected = whole
-    killed = subprocess.run([sys.executable, "-m", __name__, str(tmp_path)], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    killed = run_python("-m", __name__, tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed, module = run_to_resume(tmp_path, resume=tmp_path / "step=12.ckpt")
     assert module.losses == expected.losses[12:]
     assert torch.equal(weights(module), weights(expected))

@@ -11,7 +11,8 @@ import torch
 import torch.multiprocessing as mp
 
 from adaptrain import BatchSizeController, CubicSchedule, Distillation, ProgressivePruning
-from tests.toys import TextModule, join_ranks, quiet_trainer, rank_results, text_loader, text_samples, weights
+from tests.processes import rank_results
+from tests.toys import TextModule, join_ranks, quiet_trainer, text_loader, text_samples, weights
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ from adaptrain.callbacks import family_recovery
 from adaptrain.callbacks.base import decision_log
 from tests.contract.runs import loader
 from tests.family.conftest import RankedModule, fit_family, pruning
+from tests.processes import run_python
 from tests.toys import (
     TextModule,
     language_model_samples,
@@ -76,8 +76,8 @@ def test_training_ends_as_without_it(run, tmp_path):
 
 def test_killed_and_resumed_leaves_the_same_family(run, tmp_path):
     # Killed after the second member was taken, at step 17; the checkpoint of step 12 knows of the first.
-    done = subprocess.run([sys.executable, "-m", __name__, str(tmp_path)], capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    done = run_python("-m", __name__, tmp_path)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert [member.name for member in ModelFamily.load(tmp_path)] == ["dense", "pruned-1"]
     fit_saving(tmp_path, ckpt_path=str(tmp_path / "last.ckpt"))
     resumed, whole = ModelFamily.load(tmp_path), ModelFamily.load(run[0])

@@ -13,7 +13,8 @@ import torch.multiprocessing as mp
 from adaptrain import ConfigurationError, FamilyCheckpoint, ModelFamily
 from adaptrain.callbacks.base import decision_log
 from tests.family.conftest import pruning
-from tests.toys import TextModule, join_ranks, quiet_trainer, rank_results, text_loader, text_samples, weights
+from tests.processes import rank_results
+from tests.toys import TextModule, join_ranks, quiet_trainer, text_loader, text_samples, weights
 
 pytestmark = pytest.mark.slow
 

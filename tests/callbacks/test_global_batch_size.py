@@ -6,9 +6,6 @@ import argparse
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -32,9 +29,9 @@ from adaptrain import (
 )
 from adaptrain.callbacks.base import decision_log
 from adaptrain.nlp.loader import ResumableLoader, ShuffledSampler
+from tests.processes import free_port, run_python
 from tests.toys import TextModule, join_ranks, quiet_trainer, text_samples, tiny_bert, weights
 
-ROOT = Path(__file__).parents[2]
 SAMPLES = 54
 
 
@@ -379,11 +376,8 @@ def test_killed_in_the_middle_of_an_epoch_it_goes_on_with_the_remaining_samples(
     changes = [d["step"] for d in whole["decisions"][1:]]
     kill_at = (changes[0] + changes[1]) // 2
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "tests.callbacks.test_global_batch_size", "kill", str(folder), kind]
-    done = subprocess.run(
-        [*command, str(workers), str(kill_at), str(accumulate)], cwd=ROOT, capture_output=True, timeout=200
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-3000:]
+    done = run_python("-m", __name__, "kill", folder, kind, workers, kill_at, accumulate)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     resumed = fit_resumable(folder, kind, workers, resume=True, accumulate=accumulate)
     rest = len(resumed["seen"])
     assert 0 < rest < len(whole["seen"])
@@ -512,14 +506,8 @@ def worker(rank: int, folder: str, port: int) -> None:
 
 
 def test_two_ranks_agree_and_share_every_sample(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tests.callbacks.test_global_batch_size", "ddp", str(tmp_path), str(port)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    done = run_python("-m", __name__, "ddp", tmp_path, free_port(), environment={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert torch.equal(first["weights"], second["weights"])
     assert first["decisions"] == second["decisions"]

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import os
 import re
-import socket
 import warnings
 
 import pytest
 import pytorch_lightning
 import torch
-import torch.multiprocessing
 from pytorch_lightning.plugins.precision import MixedPrecision
 
 from adaptrain import LearningRateController
 from adaptrain.callbacks.base import decision_log
 from adaptrain.execution.host_snapshot import HostSnapshot
+from tests.processes import FORKSERVER, free_port
 from tests.toys import TextModule, quiet_trainer, text_loader, text_samples, tiny_bert, weights
 
 
@@ -248,11 +247,8 @@ def _rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_ranks_act_alike_where_one_of_them_sees_a_nan(tmp_path):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    port = free_port()
+    ranks = [FORKSERVER.Process(target=_rank, args=(rank, port, str(tmp_path))) for rank in range(2)]
     for rank in ranks:
         rank.start()
     for rank in ranks:

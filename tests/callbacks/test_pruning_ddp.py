@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +16,7 @@ from adaptrain import CubicSchedule, ProgressivePruning
 from adaptrain.callbacks.base import decision_log
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
+from tests.processes import run_ranks
 from tests.toys import TextModule, quiet_trainer, text_loader, text_samples, weights
 
 pytestmark = pytest.mark.slow
@@ -54,18 +53,8 @@ def fit(folder: Path, name: str, **settings: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, str(folder)],
-            env=os.environ
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    for done in run_ranks(__name__, folder):
+        assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from adaptrain import ConfigurationError, CubicSchedule, ProgressivePruning, load_from_checkpoint
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
+from tests.processes import Python
 from tests.toys import TextModule, quiet_trainer, text_loader, text_samples, tiny_bert, weights
 
 pytestmark = [
@@ -69,12 +69,9 @@ def whole(tmp_path_factory) -> Any:
 def killed(tmp_path_factory) -> dict[int, Path]:
     """Two runs, killed one step before an event and between two."""
     folders = {kill_at: tmp_path_factory.mktemp(f"killed{kill_at}") for kill_at in (8, 14)}
-    processes = {
-        kill_at: subprocess.Popen([sys.executable, "-m", __name__, str(folder), str(kill_at)])
-        for kill_at, folder in folders.items()
-    }
+    processes = {kill_at: Python("-m", __name__, folder, kill_at) for kill_at, folder in folders.items()}
     for process in processes.values():
-        assert process.wait() == -signal.SIGKILL
+        assert process.wait().returncode == -signal.SIGKILL
     return folders
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from adaptrain import RandomState
 from adaptrain.callbacks.random_state import capture_random_state, restore_random_state
+from tests.processes import as_torchrun, free_port
 from tests.toys import TextModule, ValidatedTextModule, quiet_trainer, text_loader, text_samples, tiny_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
@@ -285,22 +285,9 @@ for seed, resumed in ((7, False), (8, True)):
 
 def run_two_ranks(script: str, folder: Path) -> list[subprocess.CompletedProcess[str]]:
     """Runs a script as two gloo ranks, each given its folder and rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
+    port, ranks = free_port(), []
     for rank in range(2):
-        environ = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "TORCHELASTIC_RUN_ID": "test",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        }
+        environ = os.environ | as_torchrun(rank, port) | {"PYTHONPATH": str(Path(__file__).parents[2])}
         command = [sys.executable, "-c", script, str(folder), str(rank)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         ranks.append(subprocess.Popen(command, env=environ, text=True, **pipes))  # type: ignore[call-overload]

@@ -17,6 +17,7 @@ from adaptrain.compression.int8 import Int8Embedding, Int8Linear, round_rows
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.surgery import shrink
+from tests.processes import run_python
 from tests.pruning.models import MODELS
 from tests.toys import text_loader, tiny_bert, tiny_llama
 
@@ -272,8 +273,7 @@ def test_a_pruned_model_is_quantized_saved_and_loaded_in_another_process(tmp_pat
         "with torch.no_grad(): said = load_quantized(sys.argv[1])(**inputs).logits\n"
         "assert torch.equal(said, expected), (said - expected).abs().max()"
     )
-    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "case.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = run_python("-c", code, folder, tmp_path / "case.pt")
     assert done.returncode == 0, done.stderr
     size = (folder / "model.safetensors").stat().st_size
     assert size < quantized.trials[-1].size_bytes + 20_000  # and a header

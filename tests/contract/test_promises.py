@@ -7,8 +7,6 @@ import json
 import pickle
 import pkgutil
 import signal
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import adaptrain.callbacks
 from adaptrain import _lightning
 from tests.contract.runs import STEPS, fit
 from tests.contract.settings import SETTINGS, Setting
+from tests.processes import run_python, run_ranks
 from tests.toys import TextModule
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +36,6 @@ deciders = pytest.mark.parametrize(
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The run without any callback of ours."""
     return fit(tmp_path_factory.mktemp("plain"), [])
-
-
-def run_module(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, **kwargs)
 
 
 def test_every_callback_is_under_contract():
@@ -112,7 +107,7 @@ def test_a_dry_run_changes_nothing(setting: Setting, plain, tmp_path):
 @each
 def test_killed_and_resumed_equals_uninterrupted(setting: Setting, tmp_path):
     whole = fit(tmp_path / "whole", [setting.build()])
-    killed = run_module("tests.contract.runs", "kill", str(tmp_path / "killed"), "--name", setting.name)
+    killed = run_python("-m", "tests.contract.runs", "kill", tmp_path / "killed", "--name", setting.name)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = fit(tmp_path / "killed", [setting.build()], resume=True)
     assert resumed["step"] == STEPS
@@ -145,10 +140,8 @@ def test_wrong_arguments_are_refused_before_training(setting: Setting):
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Every callback's run on two real gloo processes, one result a rank."""
     folder = tmp_path_factory.mktemp("ddp")
-    result = run_module(
-        "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "tests.contract.runs", "ddp", str(folder)
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    for done in run_ranks("tests.contract.runs", "ddp", folder):
+        assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
 from tests.fusion.test_merging import tuned
+from tests.processes import run_python
 from tests.toys import tiny_bert
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "fuse.py"
 
 
 def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run_python(SCRIPT, *arguments)
 
 
 @pytest.fixture
