@@ -33,12 +33,13 @@ def timed(run: Callable[[], Result], device: torch.device) -> tuple[Result, floa
         What the call returns, and its seconds.
     """
     _finish(device)
-    waited, busy, began = _waited_s(), time.thread_time(), time.perf_counter()
+    waited_before, missed_before = _waited_s()
+    busy, began = time.thread_time(), time.perf_counter()
     result = run()
     _finish(device)
-    seconds = time.perf_counter() - began
-    busy, waited = time.thread_time() - busy, _waited_s() - waited
-    # Waiting between two readings of the clocks, and not in the call, would else make it too short.
+    seconds, busy = time.perf_counter() - began, time.thread_time() - busy
+    waited_after, missed_after = _waited_s()
+    waited = max(0.0, waited_after - waited_before - missed_before - missed_after)
     return result, max(seconds - waited, min(busy, seconds))
 
 
@@ -47,7 +48,10 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _waited_s() -> float:
+def _waited_s() -> tuple[float, float]:
+    """Returns the thread's waiting so far, and that of this reading: it is not of the call."""
+    began, busy, waited = time.perf_counter(), time.thread_time(), 0.0
     with contextlib.suppress(OSError, IndexError, ValueError):
-        return int(_SCHEDULER.read_text().split()[1]) / 1e9
-    return 0.0
+        waited = int(_SCHEDULER.read_text().split()[1]) / 1e9
+    busy = time.thread_time() - busy
+    return waited, max(0.0, time.perf_counter() - began - busy)
