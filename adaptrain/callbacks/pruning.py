@@ -37,7 +37,8 @@ from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import check_optimizers, shrink
 from adaptrain.pruning.target import read_target
 from adaptrain.pruning.units import read_groups, read_round_to
-from adaptrain.resources.heap import HeapKeeper, release_free_heap
+from adaptrain.resources.heap import release_free_heap
+from adaptrain.resources.primitive_cache import limit_primitive_cache
 
 _log = logging.getLogger(__name__)
 
@@ -130,7 +131,6 @@ class ProgressivePruning(AdaptiveCallback):
         self._stop_scoring: Callable[[], None] | None = None
         self._reconstruction: Reconstruction | None = None
         self._report: dict[str, Any] = {}
-        self._give_back = HeapKeeper()
         self._checked = False  # the optimizers' state
         self._done = 0  # events that are over
         self._waited = False  # the event that is due let a validation run first
@@ -187,6 +187,8 @@ class ProgressivePruning(AdaptiveCallback):
         elif self.reconstruct and not self.dry_run:
             self._reconstruction = Reconstruction(match, self._kinds)
             self.on_exit(self._reconstruction.stop)
+        if not self.dry_run and trainer.strategy.root_device.type == "cpu" and "16" not in str(trainer.precision):
+            limit_primitive_cache()  # in 16 bits matrix products are such kernels too, and slower to build
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Builds the cost table, and refuses a target that cannot be met."""
@@ -221,8 +223,6 @@ class ProgressivePruning(AdaptiveCallback):
         """Prunes where an event is due, after a complete optimizer step."""
         if self._pruner is None or self._scorer is None or not _lightning.at_step_boundary(trainer):
             return
-        if self._scatters(pl_module):
-            self._give_back()
         if not self._checked:
             assert self._match is not None
             check_optimizers(self._match, trainer.optimizers)

@@ -1,4 +1,4 @@
-"""The heap of the C library, where that is glibc: giving back what is free in it, and keeping it from growing."""
+"""The heap of the C library, where that is glibc: giving back what is free in it, and what lies outside of it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import contextlib
 import ctypes
 import os
 import sys
-import time
 from collections.abc import Iterator
 
-__all__ = ["HEAP_MOST", "LEAST_OUTSIDE", "HeapKeeper", "blocks_outside_of_heap", "release_free_heap"]
+__all__ = ["HEAP_MOST", "LEAST_OUTSIDE", "blocks_outside_of_heap", "release_free_heap"]
 
 HEAP_MOST = 4 * 2**20 * ctypes.sizeof(ctypes.c_long)
 """The bytes from which a block lies outside of the heap whatever is set: 32 MiB on a 64-bit system."""
@@ -32,29 +31,6 @@ def release_free_heap() -> None:
     """
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
-
-
-class HeapKeeper:
-    """Gives the heap's free blocks back to the system now and then, in a bounded share of the time.
-
-    Where tensors of many sizes come and go, what is freed fits little of what comes next, and the heap grows by pages
-    that hold nothing. Call it where as little as possible is in use, such as between two steps.
-
-    Args:
-        share: The largest share of the time that giving back may take, in (0, 1).
-    """
-
-    def __init__(self, *, share: float = 1 / 256) -> None:
-        self.share = share
-        self._due = 0.0
-
-    def __call__(self) -> None:
-        """Gives back what is free, unless that was done a short while ago."""
-        began = time.monotonic()
-        if began < self._due:
-            return
-        release_free_heap()
-        self._due = began + (time.monotonic() - began) / self.share
 
 
 @contextlib.contextmanager

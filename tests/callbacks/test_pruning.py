@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -149,6 +150,19 @@ def test_validation_finds_the_memory_that_is_free_given_back(tmp_path) -> None:
     trainer.fit(ValidatedTextModule(), text_loader(), text_loader())
     assert len(decision_log(trainer)) == 2
     assert seen.before - seen.after > 60 * 2**20  # of 100 MiB
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "limited"),
+    [({}, {}, True), ({"dry_run": True}, {}, False), ({}, {"precision": "bf16-mixed"}, False)],
+)
+def test_few_kernels_are_kept_where_they_are_quick_to_build(
+    tmp_path, monkeypatch, arguments: dict[str, Any], settings: dict[str, Any], limited: bool
+) -> None:
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[pruning(**arguments)], max_epochs=1, **settings)
+    trainer.fit(TextModule(), text_loader())
+    assert ("ONEDNN_PRIMITIVE_CACHE_CAPACITY" in os.environ) == limited
 
 
 def test_uniform_layers_stay_what_a_config_can_describe(tmp_path, caplog) -> None:

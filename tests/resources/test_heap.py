@@ -116,29 +116,3 @@ def test_it_may_be_left_in_any_order() -> None:
     first.__exit__(None, None, None)
     second.__exit__(None, None, None)
     assert heap._limits == []
-
-
-def test_free_pages_of_the_heap_are_given_back_in_a_bounded_share_of_the_time() -> None:
-    """In a process of its own, whose heap holds nothing else: blocks of 64 KiB, every other one freed."""
-    run_alone("""
-import time
-from adaptrain.resources.heap import HeapKeeper
-def spread():
-    blocks = [allocate(65536) for _ in range(1600)]
-    for block in blocks[::2]:
-        libc.free(block)
-    return process_memory_bytes()
-keep = HeapKeeper(share=1 / 50)
-full = spread()
-began = time.monotonic()
-keep()
-took = time.monotonic() - began
-assert full - process_memory_bytes() > 40 * 2**20, "nothing was given back"
-again = spread()
-keep()
-if time.monotonic() - began < 25 * took:
-    assert again - process_memory_bytes() < 2**20, "given back at once again"
-time.sleep(2 * 50 * took)
-keep()
-assert again - process_memory_bytes() > 40 * 2**20, "not given back later"
-""")
