@@ -153,6 +153,9 @@ class MicroBatching:
         timed = self._time_fit is not None and (measures or self._policy.is_searching)
         began = time.perf_counter()
         notes = [float(samples), -float(cap) if capped else -math.inf, float(scarce)]
+        # As it is expected now: the step teaches what its size takes, and what was expected is the reason.
+        peak = self._memory_forecast.peak(size, length) if capped else None
+        notes += [peak or 0.0, -self._memory_forecast.limit_bytes]
         shrink = partial(self._shrink, length=length)
         outcome = self._runner.run(step, shape, min(size, cap), shrink=shrink, notes=notes, timed=timed)
         learns = self._memory_forecast.stop()
@@ -161,7 +164,8 @@ class MicroBatching:
             self._learn(step, outcome, length)
         if shape is not None and not outcome.failures and self._steps > 1:
             self._learn_times(outcome)
-        self._say_cap(-outcome.maxima[1], bool(outcome.maxima[2]), length)
+        _, most, taken, peak, limit = outcome.maxima
+        self._say_cap(-most, bool(taken), Forecast(peak / GIB, -limit / GIB))
         self._ask(outcome, shape, samples, seconds)
         return outcome.result
 
@@ -241,11 +245,11 @@ class MicroBatching:
             for number, seconds in outcome.seconds.items():
                 self._time_fit.observe(outcome.pieces[number].size * outcome.pieces[number].length, seconds)
 
-    def _say_cap(self, cap: float, is_scarce: bool, length: int) -> None:
+    def _say_cap(self, cap: float, is_scarce: bool, outlook: Forecast) -> None:
         """Records when a batch runs in smaller pieces than the size in force, and when that is over.
 
         A batch longer than those before it: once for each smaller cap. One like those before it: memory was taken; it
-        is back when batches have fitted for a while. The arguments are the same on every rank, but for the length.
+        is back when batches have fitted for a while. The arguments are the same on every rank.
         """
         size = self._policy.size
         if cap >= size:
@@ -263,7 +267,6 @@ class MicroBatching:
             is_new, self._smallest_cap = cap < self._smallest_cap, min(cap, self._smallest_cap)
             why = "A batch as long as this one runs"
         if is_new:
-            outlook = self._forecast(size, length)
             reason = f"{why} at {int(cap)} samples at once: at {size} it would take"
             reason += f" {outlook.predicted_gib or 0:.2f} GiB of the {outlook.limit_gib or 0:.2f} GiB allowed."
             self.proposals.append(Proposal(size, int(cap), reason, outlook.readings))

@@ -43,6 +43,25 @@ def stays_below_the_limit_by_prediction(tmp_path: Path) -> None:
     assert decision.readings["predicted_gib"] > decision.readings["limit_gib"]
 
 
+def says_what_was_expected_and_not_what_the_step_taught(tmp_path: Path) -> None:
+    class Keeps(LongSequences):
+        """Its first step takes 100 MiB that stay, which is learned in the second."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if not kept:
+                kept.append(torch.ones(25 * 2**20))
+            return super().training_step(batch, batch_idx)
+
+    keep_no_free_heap()
+    limit = process_memory_bytes() + 240 * 2**20
+    controller = BatchSizeController(micro_batch_size=BATCH, memory_limit_gib=limit / GIB)
+    trainer = quiet_trainer(tmp_path, callbacks=[controller])
+    trainer.fit(Keeps(), torch.utils.data.DataLoader(long_batches([48] * 4), batch_size=None))  # type: ignore[arg-type]
+    decision = next(iter(decision_log(trainer)))
+    assert f"at {BATCH} it would take" in decision.reason
+    assert decision.readings["predicted_gib"] > decision.readings["limit_gib"]
+
+
 def measures_the_peak_of_a_step(_: Path) -> None:
     memory = StepMemory(torch.device("cpu"), limit_gib=None, fraction=0.9)
     memory.start()
@@ -155,6 +174,7 @@ def counts_gradients_kept_between_batches(tmp_path: Path) -> None:
     "check",
     [
         stays_below_the_limit_by_prediction,
+        says_what_was_expected_and_not_what_the_step_taught,
         measures_the_peak_of_a_step,
         counts_what_a_step_takes_from_the_free_blocks_of_the_heap,
         gives_free_blocks_back_before_it_refuses_a_size,
