@@ -221,7 +221,9 @@ def known_noise(scale: float, count: int = 4096) -> tuple[torch.Tensor, float]:
     return samples, float(samples.var(0).sum() / samples.mean(0).square().sum())
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 4}], ids=["plain", "accumulated"])
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"accumulate_grad_batches": 4}, marks=pytest.mark.slow)], ids=["plain", "accumulated"]
+)
 def test_the_noise_scale_is_measured_from_micro_batches(settings: dict[str, Any], tmp_path: Path) -> None:
     samples, truth = known_noise(64.0)
     policy = GradientNoiseScale(maximum=32, minimum=32, every=10, smoothing=0.995)
@@ -364,7 +366,13 @@ def fit_resumable(
 
 @pytest.mark.parametrize(
     ("kind", "workers", "accumulate"),
-    [("generator", 0, 1), ("global", 0, 1), ("adaptrain", 0, 2), ("generator", 2, 1), ("adaptrain", 2, 1)],
+    [
+        ("generator", 0, 1),
+        ("global", 0, 1),
+        ("adaptrain", 0, 2),
+        ("generator", 2, 1),
+        pytest.param("adaptrain", 2, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_in_the_middle_of_an_epoch_it_goes_on_with_the_remaining_samples(
     kind: str, workers: int, accumulate: int, tmp_path: Path

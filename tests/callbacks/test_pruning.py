@@ -324,6 +324,7 @@ def test_a_language_model_with_tied_embeddings(tmp_path) -> None:
     assert "KV groups" in events(trainer)[0].reason
 
 
+@pytest.mark.slow
 def test_every_importance_chooses_differently(tmp_path) -> None:
     kept = []
     for importance in METHODS:

@@ -43,16 +43,23 @@ def fit(folder: Path, *, resume: Path | None = None) -> tuple[Any, Any, Any]:
     return trainer, module, average
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, fit(folder)[1]
+
+
 @pytest.mark.skipif(WeightAveraging is None, reason="needs Lightning 2.6")
 @pytest.mark.parametrize("saved", [6, 12, 18])
-def test_a_run_with_weight_averaging_resumes_as_if_uninterrupted(tmp_path, saved) -> None:
-    _, expected, _ = fit(tmp_path / "whole")
-    _, module, average = fit(tmp_path / "resumed", resume=tmp_path / "whole" / f"step={saved}.ckpt")
+def test_a_run_with_weight_averaging_resumes_as_if_uninterrupted(whole, tmp_path, saved) -> None:
+    folder, expected = whole
+    _, module, average = fit(tmp_path, resume=folder / f"step={saved}.ckpt")
     assert module.losses == expected.losses[saved:]
     assert torch.equal(weights(module), weights(expected))  # both hold the average at the end
     shapes = [parameter.shape for parameter in module.parameters()]
     assert [parameter.shape for parameter in average._average_model.module.parameters()] == shapes
-    loaded = load_from_checkpoint(ValidatedTextModule, tmp_path / "whole" / "step=24.ckpt")
+    loaded = load_from_checkpoint(ValidatedTextModule, folder / "step=24.ckpt")
     assert [parameter.shape for parameter in loaded.parameters()] == shapes
 
 

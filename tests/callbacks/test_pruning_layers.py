@@ -46,7 +46,7 @@ def fit(folder: Path, name: str, *, resume: Path | None = None) -> Any:
     return trainer, module, callback
 
 
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_layers_are_dropped_and_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name) -> None:
     trainer, expected, callback = fit(tmp_path / "whole", name)
     kept = structures.current(find_family(expected))

@@ -77,7 +77,7 @@ def settled(clock: Clock, target: float, *, slower: float = 1.0) -> tuple[float,
     return true / target, measured / target
 
 
-@pytest.mark.parametrize("target", [0.7, 0.3])
+@pytest.mark.parametrize("target", [pytest.param(0.7, marks=pytest.mark.slow), 0.3])
 def test_noise_makes_no_winner_of_the_luckiest_candidate(clock: Callable[..., Clock], target: float) -> None:
     found = [settled(clock(0.03, seed), target) for seed in range(12)]
     true = [each for each, _ in found]
