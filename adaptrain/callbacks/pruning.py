@@ -57,6 +57,9 @@ class ProgressivePruning(AdaptiveCallback):
     warmup-stable-decay (`"wsd"`), than where it falls from the start; so Renda et al. 2020, arXiv:2003.02389, who
     rewind it.
 
+    On a CPU in full precision oneDNN keeps few kernels from then on, in this process, unless the environment says how
+    many (`ONEDNN_PRIMITIVE_CACHE_CAPACITY`): those of shapes that hardly come back would leave memory in pieces.
+
     Checkpoints hold the structure; with this callback a trainer rebuilds the shapes before it loads weights, and
     `adaptrain.load_from_checkpoint` does so without a trainer.
 
