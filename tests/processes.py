@@ -91,7 +91,7 @@ def run_ranks(module: str, *arguments: object) -> list[subprocess.CompletedProce
 
 def rank_results(module: str, folder: Path) -> list[Any]:
     """Runs `python -m module folder port`, which forks two ranks, and loads the `rank<n>.pt` of each."""
-    done = run_python("-m", module, folder, free_port(), environment={"OMP_NUM_THREADS": "1"})
+    done = run_python("-m", module, folder, free_port())
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
