@@ -67,7 +67,7 @@ class Task:
             assert self.data is not None
             folder = Path(self.data)
             files = {f"{split}_file": folder / f"{name}.tsv" for split, name in _FILES}
-            limits = {"limit_train": 768, "limit_val": 400, "limit_test": 800}
+            limits = {"limit_train": 768, "limit_val": 400}
             data: Any = TextDataModule(tokenizer=self.model, max_length=32, **limits, **files, **size)
         elif self.name == "language_model":
             data = CorpusDataModule(task="language_model", vocab_size=1024, max_length=64, **_LIMITS, **size)

@@ -6,6 +6,7 @@ imported and done nothing else. What is about imports, the environment at start 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -119,6 +120,7 @@ def as_torchrun(rank: int, port: int) -> dict[str, str]:
 
 
 def _run(arguments: list[str], folder: str, environment: dict[str, str], outputs: list[str]) -> None:
+    gc.freeze()  # what the server imported, as in `tests.conftest`
     for number, name in enumerate(outputs, start=1):
         with open(name, "wb") as file:
             os.dup2(file.fileno(), number)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import pickle
 import pkgutil
 import signal
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,18 @@ each = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys()
 deciders = pytest.mark.parametrize(
     "setting", [s for s in SETTINGS.values() if s.has_dry_run], ids=[n for n, s in SETTINGS.items() if s.has_dry_run]
 )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Setting], tuple[dict[str, Any], Path]]:
+    """Each callback's uninterrupted run, and the folder it left; trained once, by the first test that asks."""
+
+    @functools.cache
+    def run(name: str) -> tuple[dict[str, Any], Path]:
+        folder = tmp_path_factory.mktemp(name)
+        return fit(folder, [SETTINGS[name].build()]), folder
+
+    return lambda setting: run(setting.name)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +87,8 @@ def test_it_pickles(setting: Setting):
 
 
 @each
-def test_it_acts(setting: Setting, tmp_path):
-    result = fit(tmp_path, [setting.build()])
+def test_it_acts(setting: Setting, whole):
+    result, _ = whole(setting)
     assert result["step"] == STEPS
     assert setting.knobs <= {d["knob"] for d in result["decisions"] if d["applied"]}
     for decision in result["decisions"]:
@@ -83,7 +97,7 @@ def test_it_acts(setting: Setting, tmp_path):
 
 
 @each
-def test_it_works_in_the_other_namespace(setting: Setting, tmp_path):
+def test_it_works_in_the_other_namespace(setting: Setting, whole, tmp_path):
     class Module(lightning_pl.LightningModule):
         training_step = TextModule.training_step
         configure_optimizers = TextModule.configure_optimizers
@@ -91,8 +105,8 @@ def test_it_works_in_the_other_namespace(setting: Setting, tmp_path):
 
     source, module = TextModule(), Module()
     module.model, module.lr, module.optimizer_name, module.losses = source.model, 1e-2, "AdamW", []
-    other = fit(tmp_path / "other", [setting.build()], namespace=lightning_pl, module=module)
-    assert other["losses"] == fit(tmp_path / "ours", [setting.build()])["losses"]
+    other = fit(tmp_path, [setting.build()], namespace=lightning_pl, module=module)
+    assert other["losses"] == whole(setting)[0]["losses"]
 
 
 @deciders
@@ -105,23 +119,23 @@ def test_a_dry_run_changes_nothing(setting: Setting, plain, tmp_path):
 
 
 @each
-def test_killed_and_resumed_equals_uninterrupted(setting: Setting, tmp_path):
-    whole = fit(tmp_path / "whole", [setting.build()])
-    killed = run_python("-m", "tests.contract.runs", "kill", tmp_path / "killed", "--name", setting.name)
+def test_killed_and_resumed_equals_uninterrupted(setting: Setting, whole, tmp_path):
+    uninterrupted, _ = whole(setting)
+    killed = run_python("-m", "tests.contract.runs", "kill", tmp_path, "--name", setting.name)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = fit(tmp_path / "killed", [setting.build()], resume=True)
+    resumed = fit(tmp_path, [setting.build()], resume=True)
     assert resumed["step"] == STEPS
-    assert resumed["losses"] == whole["losses"][8:]
-    assert resumed["weights"] == whole["weights"]
+    assert resumed["losses"] == uninterrupted["losses"][8:]
+    assert resumed["weights"] == uninterrupted["weights"]
     assert [(d["step"], d["knob"], d["new"]) for d in resumed["decisions"]] == [
-        (d["step"], d["knob"], d["new"]) for d in whole["decisions"]
+        (d["step"], d["knob"], d["new"]) for d in uninterrupted["decisions"]
     ]
 
 
 @each
-def test_its_state_is_plain(setting: Setting, tmp_path):
-    fit(tmp_path, [setting.build()])
-    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+def test_its_state_is_plain(setting: Setting, whole):
+    _, folder = whole(setting)
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     state = checkpoint["callbacks"].get(setting.build().state_key, {})
     json.dumps(state)
 
