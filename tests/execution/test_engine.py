@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from adaptrain.execution.memory import GIB, StepMemory
 from adaptrain.policies.peak_memory import PeakMemoryFit
 from adaptrain.resources.host import PeakMemory, process_memory_bytes
 from tests.memory import BATCH, LongSequences, keep_no_free_heap, long_batches
+from tests.processes import run_python
 from tests.toys import quiet_trainer, weights
 
 
@@ -105,8 +105,8 @@ def gives_free_blocks_back_before_it_refuses_a_size(_: Path) -> None:
     forecast = forecast_within(50, fit)
     forecast.look(1, 1)
     assert forecast.limit_bytes - forecast.used_bytes < 190 * 2**20
-    assert forecast.most(19, 1) == 19
-    assert 19 <= forecast.most(100, 1) < 30
+    assert forecast.most(18, 1) == 18  # 225 MiB with what is added for a size that was not seen
+    assert 18 <= forecast.most(100, 1) < 30
 
 
 def expects_more_of_a_size_that_was_not_seen(_: Path) -> None:
@@ -184,10 +184,9 @@ def counts_gradients_kept_between_batches(tmp_path: Path) -> None:
         counts_gradients_kept_between_batches,
     ],
 )
-def test_in_a_fresh_process(check, tmp_path: Path) -> None:
-    """What earlier tests left in this process's heap would be used again or freed in the middle of a measurement."""
-    command = [sys.executable, "-m", "tests.execution.test_engine", check.__name__, str(tmp_path)]
-    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+def test_in_a_process_of_its_own(check, tmp_path: Path) -> None:
+    """Not in this one: what earlier tests left in its heap would be used again, or freed while it is measured."""
+    result = run_python("-m", "tests.execution.test_engine", check.__name__, tmp_path)
     assert result.returncode == 0, result.stderr
 
 
