@@ -59,7 +59,7 @@ def child(folder: Path) -> None:
         trainer.fit(module, module.loader)
         return weights(module), list(decision_log(trainer)) if callbacks else []
 
-    runs = {"replayed": (2, BATCH), "predicted": (20, "auto")}
+    runs = {"replayed": (2, BATCH), "predicted": (10, "auto")}
     unlimited = {name: train(epochs)[0] for name, (epochs, _) in runs.items()}
     gc.collect()
     limit = (proc_status_bytes("VmSize") or 0) + 160 * MIB
