@@ -166,7 +166,8 @@ class WeightSoup(AdaptiveCallback):
 
         old = _lightning.broadcast(trainer, first[metric])
         states = [_load(self._folder(trainer), entry["step"]) for entry in self._kept]
-        states += [] if any(entry["step"] == trainer.global_step for entry in self._kept) else [final]
+        if math.isfinite(old) and not any(entry["step"] == trainer.global_step for entry in self._kept):
+            states.append(final)
         # Each rank reads the same files and the same metrics, and so comes to the same average.
         options: dict[str, Any] = {"evaluate": evaluate, "mode": mode} if self.method == "greedy_soup" else {}
         soup = merge(states, self.method, **options)

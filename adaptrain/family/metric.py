@@ -38,7 +38,8 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def is_better(new: float | None, old: float | None, mode: str) -> bool:
-    """Whether one value of the metric is better than another; a value that is not known is worse than any."""
+    """Whether one value of the metric is better than another; one that is not known, or nan, is worse than any."""
+    new, old = (None if value is None or math.isnan(value) else value for value in (new, old))
     if new is None or old is None:
         return old is None and new is not None
     return new < old if mode == "min" else new > old

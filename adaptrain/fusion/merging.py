@@ -54,7 +54,7 @@ def merge(
     | method | what it needs, beside the models |
     | --- | --- |
     | `uniform_soup` | their mean; `weights` for another than the plain one (Wortsman et al. 2022) |
-    | `greedy_soup` | `evaluate`; from the best on, each joins the mean if that is then no worse (the same) |
+    | `greedy_soup` | `evaluate`; from the best on, each joins the mean if that is no worse; none of nan (the same) |
     | `wise_ft` | one model and its `base`; `alpha` of the model, 0.5 (Wortsman et al. 2021) |
     | `slerp` | two models; `t` of the way from the first to the second, 0.5 (Shoemake 1985) |
     | `task_arithmetic` | `base`; the changes summed, times `scaling`, 0.4 (Ilharco et al. 2023) |
@@ -84,7 +84,7 @@ def merge(
 
     Raises:
         ConfigurationError: The models differ, named by the first difference; or an argument is missing, out of its
-            range, or not one of the method's.
+            range, or not one of the method's; or `evaluate` returned nan for every model.
     """
     given = {
         "base": base,
@@ -176,10 +176,15 @@ def _greedy(sources: Sequence[Source], options: Mapping[str, Any]) -> Any:
         return _result(chosen[0], state)
 
     metrics = [float(evaluate(mean([source]))) for source in sources]
-    ranked = sorted(range(len(sources)), key=lambda index: (-sign * metrics[index], index))
+    ranked = sorted(range(len(sources)), key=lambda index: (math.isnan(metrics[index]), -sign * metrics[index], index))
+    if math.isnan(metrics[ranked[0]]):
+        raise ConfigurationError("evaluate returned nan for every model, so that none can be chosen.")
     chosen, best = [sources[ranked[0]]], metrics[ranked[0]]
     soup = mean(chosen)
     for index in ranked[1:]:
+        if math.isnan(metrics[index]):
+            _log.warning("%s stays out: its metric alone is nan.", sources[index].name)
+            continue
         candidate = mean([*chosen, sources[index]])
         metric = float(evaluate(candidate))
         joins = sign * metric >= sign * best

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -55,6 +56,27 @@ def run(tmp_path, soup: WeightSoup | None, module: Any, *others: Any, **settings
 
 def soups(trainer: Any) -> list[Any]:
     return [decision for decision in decision_log(trainer) if decision.knob == "weights"]
+
+
+class Diverged(Judged):
+    """The last weights have no accuracy, in training or afterwards."""
+
+    def _accuracy(self) -> float:
+        accuracy = super()._accuracy()
+        return math.nan if len(self.epochs) == EPOCHS and torch.equal(weights(self), self.epochs[-1]) else accuracy
+
+
+@pytest.mark.parametrize(
+    ("method", "best"),
+    [("uniform_soup", lambda epochs: sum(epochs[:3]) / 3), ("greedy_soup", lambda epochs: epochs[1])],
+)
+def test_a_run_that_diverged_at_its_end_goes_back_to_what_was_kept(tmp_path, method: Any, best: Any) -> None:
+    module = Diverged([0.5, 0.6, 0.7, 0.8], best)
+    trainer = run(tmp_path, WeightSoup(method=method, keep=4, begin=0.0), module)
+    torch.testing.assert_close(weights(module), best(module.epochs))
+    [decision] = soups(trainer)
+    assert math.isnan(decision.old)
+    assert decision.new == pytest.approx(1.0)
 
 
 def test_the_average_takes_the_place_of_the_last_weights_where_it_is_better(tmp_path) -> None:

@@ -72,3 +72,6 @@ def test_which_metric_ranks():
     assert not is_better(0.2, 0.1, "min")
     assert is_better(0.2, None, "min")
     assert not is_better(None, 0.2, "max")
+    assert is_better(0.2, float("nan"), "max")
+    assert not is_better(float("nan"), 0.2, "min")
+    assert not is_better(float("nan"), None, "min")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def test_the_greedy_soup_takes_in_what_does_no_harm(caplog) -> None:
     assert "stays out" in caplog.text
     less = merge(models, "greedy_soup", evaluate=lambda model: float(model["x"].abs()), mode="min")
     assert float(less["x"]) == -0.25
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_diverged_model_is_no_part_of_the_greedy_soup(mode: str, caplog) -> None:
+    models = [{"x": torch.tensor([value])} for value in (math.nan, 0.8, math.nan, 0.9)]
+    soup = merge(models, "greedy_soup", evaluate=lambda model: float(model["x"]), mode=mode)  # pyright: ignore[reportArgumentType]
+    assert float(soup["x"]) == pytest.approx(0.9 if mode == "max" else 0.8)
+    assert "model 3 stays out" in caplog.text
+    with pytest.raises(ConfigurationError, match="nan for every model"):
+        merge(models[:1], "greedy_soup", evaluate=lambda model: float(model["x"]))
 
 
 def test_half_precision_is_merged_in_full_and_comes_back_as_it_was() -> None:
