@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -169,15 +169,17 @@ def check_candidates(candidates: Sequence[str]) -> None:
 
 
 def _choose(trials: Sequence[Trial], mode: str, max_drop: float, minimize: str) -> tuple[list[Trial], str]:
-    """Returns the trials with those marked that lose too much, and the best of the others."""
-    first, judged = trials[0], []
-    for trial in trials:
+    """Returns the trials with those marked that lose too much, and the best of the others; the first is one of them."""
+    first, judged = trials[0], [trials[0]]
+    for trial in trials[1:]:
         why = None
         if trial.metric is not None and first.metric is not None:
             drop = first.metric - trial.metric if mode == "max" else trial.metric - first.metric
-            if not drop <= max_drop:  # a metric that is no number is out as well
+            if math.isnan(drop):
+                why = f"its metric is {trial.metric:.4g}, that of the model as it is {first.metric:.4g}"
+            elif drop > max_drop:
                 why = f"loses {drop:.4g}, more than max_metric_drop={max_drop:g}"
-        judged.append(Trial(**{**vars(trial), "refused": why}))
+        judged.append(replace(trial, refused=why))
     left = [trial for trial in judged if trial.refused is None]
     best = min(left, key=lambda t: (t.latency_ms if minimize == "latency" else t.size_bytes) or math.inf)
     return judged, best.method
@@ -260,8 +262,9 @@ def save_quantized(quantized: Quantized, path: str | os.PathLike[str], *, tokeni
         )
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {**quantized.described, "method": quantized.method, "trials": [vars(trial) for trial in quantized.trials]}
-    (folder / QUANTIZED_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    trials = [vars(trial) | {"metric": _finite(trial.metric)} for trial in quantized.trials]
+    about = {**quantized.described, "method": quantized.method, "trials": trials}
+    (folder / QUANTIZED_FILE).write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if quantized.method in AO_METHODS:
         ao.save_weights(quantized.model, folder / structured.WEIGHTS_FILE)
     else:
@@ -309,6 +312,10 @@ def _described(model: nn.Module) -> dict[str, Any] | None:
 
 def _ratio(value: float | None, first: float | None) -> str:
     return "-" if value is None or not first else f"{value / first:.2f}x"
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _first_line(error: Exception) -> str:

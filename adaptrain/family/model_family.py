@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -188,8 +189,9 @@ class ModelFamily:
         limits = {name: value for name, value in given.items() if value is not None}
         for name, value in limits.items():
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not (name == "metric_at_least" or value > 0):
-                raise ConfigurationError(f"{name} must be a number greater than 0, got {value!r}.")
+            if not is_number or math.isnan(value) or not (name == "metric_at_least" or value > 0):
+                above = "" if name == "metric_at_least" else " greater than 0"
+                raise ConfigurationError(f"{name} must be a number{above}, got {value!r}.")
         costs = self.measure(batch_size=batch_size, sequence_length=sequence_length, device=device)
         shape = self._shape(batch_size, sequence_length)
         where = device_name(self.device if device is None else read_device(device))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -77,6 +79,23 @@ def test_what_loses_too_much_is_not_chosen(tmp_path, caplog) -> None:
     assert "loses 0.1, more than max_metric_drop=0.05" in trials["int8_weight"]["refused"]
     assert load_quantized(tmp_path / "quantized").dtype == torch.bfloat16
     assert "bf16" in caplog.text
+
+
+def test_a_model_that_diverged_is_left_as_it_is(tmp_path) -> None:
+    module = Judged()
+    module.accuracy = dict.fromkeys(module.accuracy, math.nan)
+    callback = Quantization()
+    trainer, _ = run(tmp_path, callback, module)
+    assert [d.new for d in decision_log(trainer) if d.knob == "precision"] == ["none"]
+    assert {trial["refused"] for trial in callback.report()} == {
+        None,
+        "its metric is nan, that of the model as it is nan",
+    }
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    json.loads((tmp_path / "quantized" / "quantized.json").read_text(), parse_constant=refuse)
 
 
 def test_without_validation_it_goes_by_cost_and_says_so(tmp_path, caplog) -> None:

@@ -105,6 +105,7 @@ def test_wrong_arguments_are_refused(family, tmp_path):
         {"latency_ms": 0},
         {"memory_mib": "much"},
         {"params_m": -1},
+        {"metric_at_least": float("nan")},
         {"batch_size": 0},
         {"batch_size": 1.5},
     ):
