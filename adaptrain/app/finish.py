@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -124,13 +125,14 @@ def finish(
         return None
     pruning = named.get("pruning")
     spent = decisions.where(lambda decision: decision.knob == "wall_clock" and decision.applied)
+    lost = [name for name, value in final.items() if (name == metric or "loss" in name) and not math.isfinite(value)]
     summary = report.summarize(
         module=model,
         experiment=cfg.experiment_name,
         run_dir=folder,
         seed=cfg.seed,
         started=measured.started,
-        status="wall clock" if spent else "finished",
+        status="diverged" if lost else "wall clock" if spent else "finished",
         versions=facts["versions"],
         hardware=facts["hardware"],
         data=data.describe(),
@@ -150,6 +152,12 @@ def finish(
     summary.save(folder)
     report.print_report(report.render_table(summary, decisions=list(decisions)))
     page = report.write_html(folder)
+    if lost:
+        log.warning(
+            "Training diverged: %s of the final model is no number. Lower model.lr, or let the learning rate controller"
+            " keep such steps out: callbacks=[default].",
+            " and ".join(lost),
+        )
     log.info("The whole report: %s", page)
     if pruning is not None and baseline is None:
         log.info(

@@ -220,11 +220,11 @@ class CausalLanguageModel(_TextModule):
             )
             model = LlamaForCausalLM(config)
         super().__init__(model, lr=lr, weight_decay=weight_decay, schedule=schedule, warmup=warmup, betas=betas)
-        self.mean_loss = MeanMetric()
+        self.mean_loss = MeanMetric(nan_strategy="disable")  # by default it leaves out batches whose loss is nan
 
     def _evaluate(self, batch: dict[str, Tensor]) -> None:
-        predicted = int((batch["labels"][:, 1:] != IGNORED).sum())
-        self.mean_loss.update(self.model(**batch).loss, predicted)
+        if predicted := int((batch["labels"][:, 1:] != IGNORED).sum()):  # the mean of none is nan
+            self.mean_loss.update(self.model(**batch).loss, predicted)
 
     def _log_mean(self, stage: str) -> None:
         loss = self.mean_loss.compute()  # over all ranks

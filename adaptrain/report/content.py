@@ -139,6 +139,9 @@ def rows(summary: Summary) -> list[Row]:
     ]
 
 
+DIVERGED = "diverged"
+
+
 def outcome(summary: Summary) -> str:
     """The run against its budget, in a few words."""
     if not summary.constraints:
@@ -151,7 +154,8 @@ def outcome(summary: Summary) -> str:
 
 def status_text(summary: Summary) -> str:
     """How the run ended, for a person."""
-    return {"wall clock": "ended by the wall clock"}.get(summary.status, summary.status)
+    known = {"wall clock": "ended by the wall clock", DIVERGED: "diverged (its loss is no number)"}
+    return known.get(summary.status, summary.status)
 
 
 def started_text(summary: Summary) -> str:

@@ -95,7 +95,8 @@ def _outcome(summary: Summary) -> Iterable[str]:
     yield f"<h1>{_text(summary.experiment)}</h1>"
     yield f'<p class="lead"><span class="badge {kind}">{_text(content.outcome(summary))}</span>'
     status, started = content.status_text(summary), content.started_text(summary)
-    yield f"{_text(status)}, seed {summary.seed}, started {_text(started)}</p>"
+    how = f'<span class="bad">{_text(status)}</span>' if summary.status == content.DIVERGED else _text(status)
+    yield f"{how}, seed {summary.seed}, started {_text(started)}</p>"
     if summary.constraints:
         yield '<ul class="limits">'
         for limit in content.limits(summary.constraints):

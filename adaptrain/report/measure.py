@@ -89,7 +89,7 @@ def summarize(
         run_dir: The run's folder.
         seed: The seed.
         started: When the run started, ISO 8601.
-        status: `"finished"`, `"wall clock"` or `"interrupted"`.
+        status: `"finished"`, `"wall clock"`, `"diverged"` or `"interrupted"`.
         versions: Package versions by name.
         hardware: What it ran on.
         data: `describe()` of the data module.

@@ -67,7 +67,7 @@ class Summary:
         run_dir: The run's folder.
         seed: The seed.
         started: When the run started, ISO 8601.
-        status: `"finished"`, `"wall clock"` or `"interrupted"`.
+        status: `"finished"`, `"wall clock"`, `"diverged"` or `"interrupted"`.
         versions: Package versions by name.
         hardware: What it ran on.
         data: The data module's own description: source, sizes of splits, labels.

@@ -85,7 +85,8 @@ class _Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         words, summary = _Words(options), self.summary
         style = "bold green" if summary.met else "bold red"
-        title = words(f"{summary.experiment}: {content.status_text(summary)}, ", "bold")
+        diverged = " red" if summary.status == content.DIVERGED else ""
+        title = words(f"{summary.experiment}: {content.status_text(summary)}, ", f"bold{diverged}")
         yield title + words(content.outcome(summary), style if summary.constraints else "")
         for limit in content.limits(summary.constraints):
             yield Padding(words(str(limit), "green" if limit.met else "bold red"), (0, 0, 0, 2), expand=False)

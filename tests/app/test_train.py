@@ -160,6 +160,16 @@ def test_time_that_is_spent_is_the_run_s_status(command: Command, tiny: list[str
     assert Summary.load(only_run(workplace)).status == "wall clock"
 
 
+def test_a_run_that_diverged_says_so(command: Command, tiny: list[str], workplace: Path) -> None:
+    result = command(*tiny, "callbacks=[quantization,soup]", "model.lr=1e38")
+    assert result.code == 0, result.err
+    summary = Summary.load(only_run(workplace))
+    assert summary.status == "diverged"
+    assert "diverged (its loss is no number)" in " ".join(result.out.split())
+    assert "val/loss of the final model is no number. Lower model.lr" in result.err
+    assert "diverged" in (only_run(workplace) / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_two_processes_share_one_run(tiny: list[str], tmp_path: Path) -> None:
     arguments = [*tiny, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "budget.params=0.8"]

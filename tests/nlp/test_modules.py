@@ -92,6 +92,19 @@ def test_perplexity_is_over_tokens_not_batches(tmp_path: Path, running_text: Tex
     assert metrics["test/perplexity"] == pytest.approx(math.exp(metrics["test/loss"]), rel=1e-4)
 
 
+def test_a_batch_without_a_loss_is_left_out_and_one_of_nan_is_not(running_text: TextDataModule) -> None:
+    model = CausalLanguageModel(data=running_text, num_key_value_heads=1, **SMALL).eval()
+    batch = next(iter(running_text.val_dataloader()))
+    nothing = batch | {"labels": torch.full_like(batch["labels"], -100)}
+    with torch.no_grad():
+        for each in (batch, nothing):
+            model.validation_step(each, 0)
+        assert float(model.mean_loss.compute()) == pytest.approx(float(model.model(**batch).loss))
+        model.model.lm_head.weight[:] = math.nan
+        model.validation_step(batch, 0)
+    assert math.isnan(float(model.mean_loss.compute()))
+
+
 def test_the_rate_follows_the_progress_of_the_run(tmp_path: Path, data: TextDataModule) -> None:
     import pytorch_lightning as pl
 
