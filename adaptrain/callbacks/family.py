@@ -198,10 +198,13 @@ class FamilyCheckpoint(AdaptiveCallback):
                 if member["metrics"]:
                     continue
                 self._become(pl_module, store, member)
-                metrics = finite(_lightning.broadcast(trainer, validate_again(trainer, pl_module)))
-                if not metrics:
+                logged = _lightning.broadcast(trainer, validate_again(trainer, pl_module))
+                if not logged:
                     _log.warning("The module logs no validation metric, so the members of its family are not ranked.")
                     break
+                metrics = finite(logged)
+                if lost := sorted(set(logged) - set(metrics)):
+                    _log.warning("Member %r has diverged: its %s is no number.", member["name"], " and ".join(lost))
                 member["metrics"] = metrics
                 if _lightning.is_rank_zero(trainer):
                     store.update(member["name"], metrics=metrics)
@@ -223,7 +226,8 @@ class FamilyCheckpoint(AdaptiveCallback):
 
     def _note_metric(self, store: FamilyStore) -> None:
         """Settles which metric ranks the members."""
-        about, metrics = store.about(), store.members()[-1]["metrics"]
+        about = store.about()
+        metrics = {name: value for member in store.members() for name, value in member["metrics"].items()}
         if self.monitor is not None:
             if metrics and self.monitor not in metrics:
                 _log.warning(

@@ -137,6 +137,23 @@ def test_a_module_without_validation_is_not_ranked(tmp_path, caplog):
     assert family.metric is None
 
 
+def test_members_that_diverged_are_the_last_to_be_chosen(tmp_path, caplog):
+    class Diverges(TextModule):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/accuracy", float("nan") if len(weights(self)) < dense else 0.5)
+
+    module = Diverges()
+    dense = len(weights(module))
+    fit_family(tmp_path, [FamilyCheckpoint(), pruning()], module=module)
+    family = ModelFamily.load(tmp_path)
+    assert family.metric == "val/accuracy"
+    assert [member.metric for member in family] == [0.5, *[None] * (len(family) - 1)]
+    assert family.select().name == "dense"
+    assert "Member 'final' has diverged: its val/accuracy is no number." in caplog.text
+    with pytest.raises(ConfigurationError, match=r"the best val/accuracy is 0.5 \(member dense\)"):
+        family.select(metric_at_least=0.6)
+
+
 def test_trainer_and_module_are_left_as_they_were(tmp_path):
     callbacks = [FamilyCheckpoint(), pruning()]
     trainer, module = fit_family(tmp_path, callbacks)
