@@ -39,7 +39,7 @@ def is_rank_zero() -> bool:
 
 
 def choose(cfg: DictConfig, *, sweep_job: str | None) -> Path:
-    """Returns the folder of a new run; nothing is made yet.
+    """Returns the folder of a new run; one that is named by the time is made, so that no other run takes it.
 
     Args:
         cfg: The config.
@@ -54,13 +54,21 @@ def choose(cfg: DictConfig, *, sweep_job: str | None) -> Path:
         return _named(Path(str(cfg.run_dir)).expanduser(), sweep_job)
     if sweep_job is not None:
         return Path(sweep_job)
-    parent = Path(cfg.runs_dir) / cfg.experiment_name
-    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    number, folder = 1, parent / name
-    while folder.exists():
-        number += 1
-        folder = parent / f"{name}_{number}"
-    return folder
+    folder = Path(cfg.runs_dir) / cfg.experiment_name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return claim(folder) if is_rank_zero() else folder
+
+
+def claim(wanted: Path) -> Path:
+    """Makes a folder of that name, numbered where there is one: several runs may start in the same second."""
+    number, folder = 1, wanted
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}_{number}")
+        else:
+            return folder
 
 
 def _named(folder: Path, sweep_job: str | None) -> Path:
@@ -91,6 +99,11 @@ def create(folder: Path, cfg: DictConfig, overrides: Sequence[str]) -> dict[str,
     for name, values in facts.items():
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return facts
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether `create` has written into it."""
+    return (folder / CONFIG_FILE).exists()
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, flag_override
 
 from adaptrain.app import runs
 from adaptrain.app.resume import SUMMARY_FILE
@@ -35,8 +35,15 @@ class SweepCallback(Callback):
         self.jobs: list[Job] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Notes the sweep's folder, to remove it should no job start."""
-        _folders.append(Path(config.hydra.sweep.dir))
+        """Makes the sweep's folder, which is none that another sweep has; it is removed should no job start."""
+        wanted = Path(config.hydra.sweep.dir)
+        folder = runs.claim(wanted)
+        _folders.append(folder)
+        if folder != wanted:
+            quoted = str(folder).replace("'", "\\'")
+            with flag_override(config, ["struct", "readonly"], [False, False]):
+                config.hydra.sweep.dir = str(folder)
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")  # jobs compose theirs anew
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Notes what the job came to."""

@@ -98,8 +98,10 @@ def run(cfg: DictConfig, *, overrides: Sequence[str] = (), sweep_job: str | None
     resumed = resume.find(cfg, overrides) if cfg.resume else None
     if resumed is not None:
         cfg = resumed.cfg
+    elif sweep_job is None:
+        config.check(cfg)  # before a folder is made by a name that is none
     folder = resumed.folder if resumed else runs.choose(cfg, sweep_job=sweep_job)
-    new = resumed is None and (sweep_job is not None or not folder.exists())
+    new = resumed is None and (cfg.run_dir is None or not folder.exists())
     try:
         return _train(cfg, folder, resumed, overrides)
     except BaseException as error:
@@ -109,7 +111,7 @@ def run(cfg: DictConfig, *, overrides: Sequence[str] = (), sweep_job: str | None
             new
             and not (folder / resume.SUMMARY_FILE).exists()
             and runs.is_rank_zero()
-            and (errors.user_message(error) or errors.is_interrupt(error))
+            and (errors.user_message(error) or errors.is_interrupt(error) or not runs.is_begun(folder))
         ):
             runs.discard(folder)
         raise

@@ -53,3 +53,14 @@ def test_results_of_an_earlier_folder_are_left_alone(command: Command, tiny: lis
     (workplace / "runs" / "train" / "mine").mkdir(parents=True)
     assert command("-m", *tiny, "budget.latency=1.5,2.5").code == 1
     assert [path.name for path in (workplace / "runs" / "train").iterdir()] == ["mine"]
+
+
+def test_a_second_sweep_of_the_same_name_has_a_folder_of_its_own(
+    command: Command, tiny: list[str], workplace: Path
+) -> None:
+    for seed in (1, 2):
+        arguments = ["callbacks=none", "trainer.max_steps=1", f"seed={seed}", r"hydra.sweep.dir='my sweep\'s'"]
+        assert command("-m", *tiny, *arguments).code == 0
+    assert sorted(path.name for path in workplace.iterdir()) == ["my sweep's", "my sweep's_2"]
+    assert Summary.load(workplace / "my sweep's" / "0").seed == 1
+    assert Summary.load(workplace / "my sweep's_2" / "0").seed == 2
