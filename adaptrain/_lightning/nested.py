@@ -59,10 +59,16 @@ def nested_trainer(trainer: Any, pl_module: Any, *, callbacks: Sequence[Any] = (
                 data.trainer = trained_by
 
 
-def validate_again(trainer: Any, pl_module: Any) -> dict[str, float]:
+def validate_again(trainer: Any, pl_module: Any, *, callbacks: Sequence[Any] = (), **settings: Any) -> dict[str, float]:
     """Validates a module on the trainer's validation data, as the module itself does.
 
     Call it on every rank once `trainer` has trained, in `teardown`.
+
+    Args:
+        trainer: A trainer of either namespace.
+        pl_module: Its module.
+        callbacks: Of the trainer that validates.
+        **settings: Of the trainer that validates.
 
     Returns:
         What the module logged, by name; empty where it has no validation.
@@ -70,7 +76,7 @@ def validate_again(trainer: Any, pl_module: Any) -> dict[str, float]:
     loaders = trainer.val_dataloaders
     if loaders is None:
         return {}
-    with nested_trainer(trainer, pl_module) as nested:
+    with nested_trainer(trainer, pl_module, callbacks=callbacks, **settings) as nested:
         # The module is as training left it. A copy in lower precision inside of it stays as it is, too.
         nested.precision_plugin.convert_module = lambda module: module
         found = nested.validate(pl_module, dataloaders=loaders, verbose=False)

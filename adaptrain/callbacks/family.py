@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from adaptrain import _lightning
-from adaptrain._lightning.nested import validate_again
 from adaptrain._lightning.structure import forget_compiled
+from adaptrain.callbacks.after_training import validate_again
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.callbacks.family_recovery import check_recovery, describe_recovery, recover
 from adaptrain.errors import ConfigurationError

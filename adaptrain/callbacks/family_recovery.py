@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from adaptrain._lightning.nested import nested_trainer, validate_again
-from adaptrain.callbacks.batch_size import BatchSizeController
+from adaptrain._lightning.nested import nested_trainer
+from adaptrain.callbacks.after_training import controllers_like, validate_again
 from adaptrain.callbacks.distillation import Distillation
 from adaptrain.errors import ConfigurationError
 from adaptrain.family.metric import finite, is_better
@@ -97,11 +97,7 @@ def recover(
 
 
 def _train(trainer: Any, pl_module: Any, teacher: nn.Module, steps: int, folder: Path) -> None:
-    callbacks: list[Any] = [Distillation(teacher=teacher)]
-    for callback in trainer.callbacks:
-        if isinstance(callback, BatchSizeController) and not callback.dry_run:
-            arguments = ("micro_batch_size", "split_by", "weight_by", "memory_limit_gib", "memory_fraction", "split")
-            callbacks.insert(0, BatchSizeController(**{name: getattr(callback, name) for name in arguments}))
+    callbacks = [*controllers_like(trainer), Distillation(teacher=teacher)]
     data = trainer.datamodule
     loader = trainer.train_dataloader
     settings = {

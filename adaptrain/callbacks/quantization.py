@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from adaptrain import _lightning
-from adaptrain._lightning.nested import validate_again
 from adaptrain._lightning.structure import before_hook, forget_compiled
+from adaptrain.callbacks.after_training import validate_again
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.compression.ao import check_installed
 from adaptrain.compression.aware import AWARE_METHODS, train_rounded

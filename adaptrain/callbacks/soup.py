@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptrain import _lightning
-from adaptrain._lightning.nested import validate_again
+from adaptrain.callbacks.after_training import validate_again
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.decisions import Decision
 from adaptrain.errors import ConfigurationError
