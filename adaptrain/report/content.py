@@ -13,6 +13,7 @@ from adaptrain.report.summary import Column, Constraint, Summary
 VERSIONS_FILE = "versions.json"  # of train.py's runs, from their start
 MISSING = "—"
 MET, NOT_MET = "✓", "✗"
+DIVERGED = "diverged"  # a run's status
 MIB, GIB = 2**20, 2**30
 
 _PERCENT = {"accuracy", "acc", "f1", "precision", "recall", "auroc"}
@@ -137,9 +138,6 @@ def rows(summary: Summary) -> list[Row]:
         cost_row("peak training memory", "peak_memory_bytes", lambda value: f"{significant(value / GIB)} GiB"),
         cost_row("training time", "train_time_s", duration),
     ]
-
-
-DIVERGED = "diverged"
 
 
 def outcome(summary: Summary) -> str:
