@@ -1,7 +1,7 @@
 """Processes of a test's own, forked from one that has imported torch and Lightning already.
 
 A fresh interpreter takes several seconds for these. A process from here is as clean: the one it is forked from has
-imported and done nothing else. What is about imports, the environment at start or memory takes a fresh one.
+imported and done nothing else. What is about imports, the environment at start or the heap after it takes a fresh one.
 """
 
 from __future__ import annotations
