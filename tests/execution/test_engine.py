@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,8 @@ def gives_free_blocks_back_before_it_refuses_a_size(_: Path) -> None:
     forecast = forecast_within(50, fit)
     forecast.look(1, 1)
     assert forecast.limit_bytes - forecast.used_bytes < 190 * 2**20
-    assert forecast.most(18, 1) == 18  # 225 MiB with what is added for a size that was not seen
-    assert 18 <= forecast.most(100, 1) < 30
+    assert forecast.most(19, 1) == 19
+    assert 19 <= forecast.most(100, 1) < 30
 
 
 def expects_more_of_a_size_that_was_not_seen(_: Path) -> None:
@@ -177,7 +178,6 @@ def counts_gradients_kept_between_batches(tmp_path: Path) -> None:
         says_what_was_expected_and_not_what_the_step_taught,
         measures_the_peak_of_a_step,
         counts_what_a_step_takes_from_the_free_blocks_of_the_heap,
-        gives_free_blocks_back_before_it_refuses_a_size,
         expects_more_of_a_size_that_was_not_seen,
         looks_again_at_once_where_a_step_comes_close,
         learns_of_a_step_that_takes_more_than_it_did_when_it_was_measured,
@@ -187,6 +187,14 @@ def counts_gradients_kept_between_batches(tmp_path: Path) -> None:
 def test_in_a_process_of_its_own(check, tmp_path: Path) -> None:
     """Not in this one: what earlier tests left in its heap would be used again, or freed while it is measured."""
     result = run_python("-m", "tests.execution.test_engine", check.__name__, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_free_blocks_are_given_back_before_a_size_is_refused(tmp_path: Path) -> None:
+    """In a fresh interpreter: a forked one gives back a MiB less, which is all the room there is to spare."""
+    check = gives_free_blocks_back_before_it_refuses_a_size.__name__
+    command = [sys.executable, "-m", "tests.execution.test_engine", check, str(tmp_path)]
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
