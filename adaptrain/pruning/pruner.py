@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from torch import nn
@@ -25,12 +25,13 @@ from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
 _FITS = 0.97  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
 _AIM = 0.95  # of a latency limit: between the two others
 _NEAR = 0.91  # of a latency limit: below it, more was cut than needed
-_SPREAD = 0.045  # standard deviation of one measured ratio, as a share of it
-_LUCKY = 2  # measurements that may agree by chance: a candidate is chosen by more of them
+_SPREAD = 0.045  # standard deviation of one measured share of a limit, at least
+_LUCKY = 4  # measurements that may agree by chance: a candidate is chosen by more of them
+_UNDECIDED = 10  # measurements of a candidate, at most
 _CANDIDATES = 6  # structures that are measured before one is chosen, at most
 _CLOSE = 1.06  # an aim that fails over one that fits: what is between them is not worth another candidate
 _STRIDE = 0.75  # the most that one value, which may be off, moves the aim
-_MOST = 10  # measurements of the final model, where a limit seems not to be met
+_MOST = 20  # measurements of the final model, where a limit seems not to be met
 _PAUSE = 0.5  # seconds before each of them beyond the usual: what keeps the machine busy now may be over then
 _UNIT_NAMES = {"heads": "heads", "ffn": "FFN neurons"}
 
@@ -138,7 +139,7 @@ class Pruner:
         for _ in range(_CANDIDATES):
             candidate = self._solve(structure, scores, {**limits, "latency": aim})
             model, measured = with_structure(twin, candidate), []
-            while len(measured) < cost.COPIES and not self._decided(measured):
+            while len(measured) < _UNDECIDED and not self._decided(measured):
                 measured.append(self._beside(twin, model, repeats))
             times = _mean(measured)
             used = self._used(times)
@@ -167,7 +168,10 @@ class Pruner:
         """Whether measurements of a candidate tell by two standard errors that it will do, or that it will not."""
         if not measured:
             return False
-        used, doubt = self._used(_mean(measured)), 2 * _SPREAD / math.sqrt(len(measured))
+        used, spread = self._used(_mean(measured)), _SPREAD
+        if len(measured) > 2:
+            spread = max(spread, stdev(self._used(each) for each in measured))
+        doubt = 2 * spread / math.sqrt(len(measured))
         will_do = len(measured) > _LUCKY and _NEAR <= used <= 1 - doubt
         return will_do or used < _NEAR - doubt or used > _FITS + doubt
 
