@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import adaptrain
+from adaptrain.app.lock import LOCK_FILE
 from adaptrain.errors import ConfigurationError
 
 CONFIG_FILE = "config.yaml"
@@ -77,7 +78,7 @@ def _named(folder: Path, sweep_job: str | None) -> Path:
             f"run_dir={folder} names one folder, and every job of a sweep has its own. Leave it out; hydra.sweep.dir"
             " says where they all go."
         )
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and all(path.name == LOCK_FILE for path in folder.iterdir())):
         raise ConfigurationError(
             f"run_dir={folder} is there and not an empty folder. To go on with its run: resume={folder}."
             " For a new one name another folder."

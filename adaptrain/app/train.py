@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 
 from adaptrain.app import config, errors, overview, sweep
 from adaptrain.app.cores import share_cores
+from adaptrain.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
@@ -90,31 +92,41 @@ def run(cfg: DictConfig, *, overrides: Sequence[str] = (), sweep_job: str | None
         The value of the optimized metric; None in a process that is not the first of its run.
 
     Raises:
-        ConfigurationError: A user's mistake, before the first step; no folder of the run is left.
+        ConfigurationError: A user's mistake, before the first step, and no new folder is left; or another process
+            trains in the folder.
         TrainingInterrupted: A signal ended training; the run can be resumed.
     """
-    from adaptrain.app import resume, runs
+    from adaptrain.app import lock, resume, runs
 
     resumed = resume.find(cfg, overrides) if cfg.resume else None
     if resumed is not None:
         cfg = resumed.cfg
     elif sweep_job is None:
         config.check(cfg)  # before a folder is made by a name that is none
-    folder = resumed.folder if resumed else runs.choose(cfg, sweep_job=sweep_job)
-    new = resumed is None and (cfg.run_dir is None or not folder.exists())
-    try:
-        return _train(cfg, folder, resumed, overrides)
-    except BaseException as error:
-        if resume.is_resumable(folder):
-            errors.show_resume(folder)
-        elif (
-            new
-            and not (folder / resume.SUMMARY_FILE).exists()
-            and runs.is_rank_zero()
-            and (errors.user_message(error) or errors.is_interrupt(error) or not runs.is_begun(folder))
-        ):
-            runs.discard(folder)
-        raise
+    with ExitStack() as stack:
+        try:
+            folder = resumed.folder if resumed else runs.choose(cfg, sweep_job=sweep_job)
+            new = resumed is None and (cfg.run_dir is None or not folder.exists())
+            if runs.is_rank_zero():
+                stack.enter_context(lock.held(folder))
+        except OSError as error:
+            raise ConfigurationError(
+                f"The run's folder cannot be written: {error.strerror}: {error.filename}. Name another place:"
+                " run_dir=..., or runs_dir=... for all runs."
+            ) from error
+        try:
+            return _train(cfg, folder, resumed, overrides)
+        except BaseException as error:
+            if resume.is_resumable(folder):
+                errors.show_resume(folder)
+            elif (
+                new
+                and not (folder / resume.SUMMARY_FILE).exists()
+                and runs.is_rank_zero()
+                and (errors.user_message(error) or errors.is_interrupt(error) or not runs.is_begun(folder))
+            ):
+                runs.discard(folder)
+            raise
 
 
 def _train(cfg: DictConfig, folder: Path, resumed: Any, overrides: Sequence[str]) -> float | None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from adaptrain.app.lock import LOCK_FILE, held
 from adaptrain.app.train import run
 from adaptrain.decisions import read_decisions
 from adaptrain.report import Summary
@@ -125,6 +126,18 @@ def test_a_finished_run_is_refused(command: Command, copied: Path) -> None:
     result = command("resume=runs/train/interrupted")
     assert result.code == 2
     assert "finished" in result.err
+
+
+def test_a_run_that_another_process_goes_on_with_is_left_alone(copied: Path) -> None:
+    def contents() -> dict[Path, bytes]:  # a record lock is lost where its process reads the file
+        return {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and path.name != LOCK_FILE}
+
+    before = contents()
+    with held(copied):
+        refused = run_python("-m", "adaptrain", f"resume={copied}")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: {copied} is in use: process {os.getpid()} on ")
+    assert contents() == before
 
 
 def test_a_run_killed_after_training_is_only_finished(command: Command, copied: Path) -> None:
