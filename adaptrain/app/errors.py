@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -39,6 +40,15 @@ def user_message(error: BaseException) -> str | None:
         return _missing_extra(error)
     if isinstance(error, OmegaConfBaseException | HydraException):
         return str(error).strip()
+    return None
+
+
+def full_disk_message(error: BaseException) -> str | None:
+    """Returns what to tell the user where a file could not be written for want of space, or None."""
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where = cause.filename2 or cause.filename
+            return f"{cause.strerror}{f': {where}' if where else ''}. Make room for it."
     return None
 
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -133,6 +133,7 @@ def log_file(folder: Path) -> Iterator[None]:
         return
     handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    handler.handleError = lambda record: None  # a full disk: what ends the run says so once
     root = logging.getLogger()
     root.addHandler(handler)
     try:
@@ -144,7 +145,8 @@ def log_file(folder: Path) -> Iterator[None]:
         raise
     finally:
         root.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 def versions() -> dict[str, str | None]:

@@ -68,7 +68,8 @@ def _hydra_main(cfg: DictConfig) -> float | None:
             cfg, overrides=list(hydra_cfg.overrides.task), sweep_job=hydra_cfg.runtime.output_dir if in_sweep else None
         )
     except Exception as error:
-        message = errors.user_message(error)
+        mistake = errors.user_message(error)
+        message = mistake or errors.full_disk_message(error)
         if errors.wants_traceback() or (message is None and not in_sweep):
             raise
         if message is None:
@@ -77,7 +78,7 @@ def _hydra_main(cfg: DictConfig) -> float | None:
             errors.show(message)
         if in_sweep:
             return math.nan  # the other jobs go on
-        raise SystemExit(errors.EXIT_CODE) from None
+        raise SystemExit(errors.EXIT_CODE if mistake else 1) from None
 
 
 def run(cfg: DictConfig, *, overrides: Sequence[str] = (), sweep_job: str | None = None) -> float | None:

@@ -165,6 +165,33 @@ def test_an_unexpected_error_says_how_to_go_on(command: Command, copied: Path, m
     assert "the disk is gone" in (copied / "train.log").read_text()
 
 
+def test_a_full_disk_is_said_in_one_line_and_the_run_goes_on(tiny: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import resource, sys\n"
+        "from adaptrain.callbacks.wall_clock import WallClock\n"
+        "ends = WallClock.on_train_batch_end\n"
+        "def limited(self, trainer, *args):\n"
+        "    ends(self, trainer, *args)\n"
+        "    if trainer.global_step == 7:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "WallClock.on_train_batch_end = limited\n"
+        "from adaptrain.app.train import main\n"
+        "main()\n"
+    )
+    result = run_python(script, *tiny, *SETTINGS, "run_dir=mine", folder=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "Logging error" not in result.stderr
+    *_, resume, error = result.stderr.splitlines()
+    assert error.startswith("error: File too large")
+    assert resume.startswith("resume with: ")
+    assert resume.endswith(" resume=mine")
+    again = run_python("-m", "adaptrain", "resume=mine", folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert Summary.load(tmp_path / "mine").status == "finished"
+
+
 def test_resuming_is_a_function_too(copied: Path) -> None:
     cfg = OmegaConf.load(copied / "config.yaml")
     cfg.resume = str(copied)
