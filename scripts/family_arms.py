@@ -30,6 +30,7 @@ AWARE_FROM = 0.8  # of training: its last fifth
 FREEZING: dict[str, dict[str, Any]] = {
     "freezing by schedule": {"by": "schedule", "most": 0.67, "begin": 0.4, "end": 0.6},
     "freezing by signal": {},
+    "freezing in turns": {"by": "turns", "most": 0.67, "begin": 0.05},
 }
 ADAPTERS_RATE = 10.0  # of the rate: adapters want a higher one (Hu et al. 2021)
 

@@ -35,10 +35,12 @@ class LayerFreezing(AdaptiveCallback):
 
     Args:
         by: `"signal"`: layers whose gradients change least (AutoFreeze); `"schedule"`: evenly from `begin` to `end`
-            (FreezeOut); see `adaptrain.policies.freezing`.
+            (FreezeOut); `"turns"`: `most` of them at once, which train in one window of every `every`; see
+            `adaptrain.policies.freezing`.
         most: The largest share of the layers to freeze, in (0, 1); at least one layer trains.
         begin: The share of training, in [0, 1), before which nothing is frozen.
         end: The share, above `begin`, at which `"schedule"` has frozen the last layer.
+        every: In one window of how many `"turns"` trains all layers, at least 2.
         window: Optimizer steps between two decisions; None: a fiftieth of the run, at least 10.
         dry_run: Decide and record, freeze nothing.
         name: Tells two instances apart in a checkpoint.
@@ -51,17 +53,18 @@ class LayerFreezing(AdaptiveCallback):
     def __init__(
         self,
         *,
-        by: Literal["signal", "schedule"] = "signal",
+        by: Literal["signal", "schedule", "turns"] = "signal",
         most: float = 0.5,
         begin: float = 0.3,
         end: float = 0.7,
+        every: int = 2,
         window: int | None = None,
         dry_run: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(dry_run=dry_run, name=name)
-        if by not in ("signal", "schedule"):
-            raise ConfigurationError(f"by must be signal or schedule, got {by!r}.")
+        if by not in ("signal", "schedule", "turns"):
+            raise ConfigurationError(f"by must be signal, schedule or turns, got {by!r}.")
         for argument, value in (("most", most), ("begin", begin), ("end", end)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ConfigurationError(f"{argument} must be a share in [0, 1], got {value!r}.")
@@ -69,12 +72,15 @@ class LayerFreezing(AdaptiveCallback):
             raise ConfigurationError(f"most must be a share of the layers in (0, 1), got {most!r}.")
         if end <= begin:
             raise ConfigurationError(f"end must be above begin, got begin={begin} and end={end}.")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 2:
+            raise ConfigurationError(f"every must be a whole number of windows of at least 2, got {every!r}.")
         if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
             raise ConfigurationError(f"window must be a whole number of steps of at least 2, got {window!r}.")
-        self.by: Literal["signal", "schedule"] = by
+        self.by: Literal["signal", "schedule", "turns"] = by
         self.most = most
         self.begin = begin
         self.end = end
+        self.every = every
         self.window = window
         self._loaded: dict[str, Any] = {}
         self._reset()
@@ -121,7 +127,7 @@ class LayerFreezing(AdaptiveCallback):
         most = max(1, min(count - 1, round(self.most * count)))
         if count < 2:
             raise ConfigurationError("LayerFreezing needs a model of at least two layers: one has to train.")
-        self._policy = Freezing(count, by=self.by, most=most, begin=self.begin, end=self.end)
+        self._policy = Freezing(count, by=self.by, most=most, begin=self.begin, end=self.end, every=self.every)
         total = _lightning.total_steps(trainer)
         self._steps = self.window or max(10, (total or 0) // 50)
         if loaded := self._loaded:

@@ -19,30 +19,45 @@ class Freezing:
 
     is how fast a layer still changes its course; layers go from the first one up for as long as their η is at most the
     median over the layers that train. `"schedule"` freezes them evenly between `begin` and `end`, whatever they do, as
-    FreezeOut (Brock et al. 2017, arXiv:1706.04983), which also anneals each layer's rate before it goes.
+    FreezeOut (Brock et al. 2017, arXiv:1706.04983), which also anneals each layer's rate before it goes. `"turns"` freezes
+    `most` of them at once, and lets them train in one window of every `every`, to the end: they go on following the
+    others, and are annealed with them. LISA (Pan et al. 2024, arXiv:2403.17919) freezes layers in turns, too, any of
+    them, which saves memory and less of the backward pass.
 
     Where the loss of a window is surely above that of the window before the last layer went (z > 3 standard errors),
     all thaw, and none goes for 4 windows, then 8, and so on.
 
     Args:
         layers: How many layers there are.
-        by: `"signal"` or `"schedule"`.
+        by: `"signal"`, `"schedule"` or `"turns"`.
         most: How many may be frozen.
         begin: The share of training before which none is frozen.
         end: The share at which `"schedule"` has frozen the last one.
+        every: In one window of how many `"turns"` trains all layers.
     """
 
-    def __init__(self, layers: int, *, by: Literal["signal", "schedule"], most: int, begin: float, end: float) -> None:
+    def __init__(
+        self,
+        layers: int,
+        *,
+        by: Literal["signal", "schedule", "turns"],
+        most: int,
+        begin: float,
+        end: float,
+        every: int = 2,
+    ) -> None:
         self.layers = layers
         self.by = by
         self.most = most
         self.begin = begin
         self.end = end
+        self.every = every
         self.frozen = 0
         self._before: list[float] | None = None  # gradient norms of the window before, of the layers that train
         self._loss: list[float] | None = None  # mean and squared standard error, before the last layer went
         self._rest = 0  # windows until a layer may go again
         self._thaws = 0
+        self._turn = 0  # windows since all layers trained in turns
 
     def window(self, norms: Sequence[float], losses: Sequence[float], *, progress: float, hold: bool = False) -> str:
         """Takes in one window of steps and moves `frozen`.
@@ -69,6 +84,8 @@ class Freezing:
             return ""
         if hold or progress < self.begin:
             return ""
+        if self.by == "turns":
+            return self._next_turn(level)
         old = self.frozen
         self.frozen = max(old, self._by_schedule(progress) if self.by == "schedule" else self._by_signal(before))
         if self.frozen == old:
@@ -77,6 +94,16 @@ class Freezing:
         if self.by == "schedule":
             return f"{progress:.0%} of training are over"
         return "their gradients change less than those of the median layer"
+
+    def _next_turn(self, level: list[float]) -> str:
+        self._turn = self._turn % self.every + 1
+        if self._turn == self.every:
+            self.thaw()
+            return "it is their turn to train"
+        if self.frozen:
+            return ""
+        self.frozen, self._loss, self._before = self.most, level, None
+        return f"they train in one of {self.every} turns"
 
     def _rises(self, level: list[float]) -> bool:
         assert self._loss is not None
@@ -110,4 +137,4 @@ class Freezing:
             setattr(self, name, state_dict[name])
 
 
-_STATE = ("frozen", "_before", "_loss", "_rest", "_thaws")
+_STATE = ("frozen", "_before", "_loss", "_rest", "_thaws", "_turn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -55,6 +56,21 @@ def test_the_first_layers_stand_still_and_the_others_train(tmp_path) -> None:
     assert not module.model.bert.encoder.layer[2]._forward_pre_hooks
     (decision,) = (d for d in decision_log(trainer) if d.knob == "frozen_layers")
     assert (decision.old, decision.new) == (0, 2)
+
+
+def test_in_turns_the_first_layers_train_in_every_third_window(tmp_path) -> None:
+    module, callback = Watched(), LayerFreezing(by="turns", begin=0.0, every=3, window=2)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=4)
+    trainer.fit(module, text_loader())
+    first = frozen_names(module, 2)
+    trained = [bool(names & first) for names in module.with_gradient]
+    turns = [True] * 2 + ([False] * 4 + [True] * 2) * 10
+    assert len(trained) > 12
+    assert trained == turns[: len(trained)]
+    moved = [any(not torch.equal(a[n], b[n]) for n in first) for a, b in itertools.pairwise(module.states)]
+    assert moved == trained[:-1]  # what has no gradient does not move
+    moves = [(d.old, d.new) for d in decision_log(trainer) if d.knob == "frozen_layers"]
+    assert moves[:3] == [(0, 2), (2, 0), (0, 2)]
 
 
 def test_the_trained_layers_learn_as_if_the_frozen_ones_were_constant(tmp_path) -> None:

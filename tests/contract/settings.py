@@ -124,6 +124,7 @@ SETTINGS = {
                 ({"most": 1}, "most"),
                 ({"begin": 0.5, "end": 0.5}, "end"),
                 ({"begin": -1}, "begin"),
+                ({"every": 1}, "every"),
                 ({"window": 1}, "window"),
             ),
             frozenset({"frozen_layers"}),

@@ -74,7 +74,31 @@ def test_a_loss_that_stays_keeps_them_frozen():
     assert policy.frozen == 4
 
 
-def test_its_state_survives_json():
+@pytest.mark.parametrize("every", [2, 4])
+def test_in_turns_they_train_in_one_window_of_some(every):
+    policy = make(by="turns", begin=0.2, every=every)
+    counts = []
+    for step in range(20):
+        policy.window([1.0] * (6 - policy.frozen), flat(seed=step), progress=step / 20)
+        counts.append(policy.frozen)
+    assert counts[:4] == [0] * 4  # what a window decides holds for the next
+    assert counts[4:] == ([4] * (every - 1) + [0]) * (16 // every)
+
+
+def test_in_turns_a_loss_that_rises_lets_them_rest():
+    policy = make(by="turns", begin=0.0, every=4)
+    policy.window([1.0] * 6, flat(), progress=0.5)
+    assert policy.frozen == 4
+    assert "rose" in policy.window([1.0] * 2, flat(2.0), progress=0.5)
+    counts = []
+    for _ in range(5):
+        policy.window([1.0] * 6, flat(2.0), progress=0.5)
+        counts.append(policy.frozen)
+    assert counts == [0] * 4 + [4]
+
+
+@pytest.mark.parametrize(("by", "different"), [("signal", 3), ("turns", 2)])
+def test_its_state_survives_json(by, different):
     def feed(policy: Freezing, begin: int, end: int) -> list[int]:
         counts = []
         for step in range(begin, end):
@@ -84,9 +108,9 @@ def test_its_state_survives_json():
             counts.append(policy.frozen)
         return counts
 
-    whole = feed(make(), 0, 20)
-    first, second = make(), make()
+    whole = feed(make(by=by), 0, 20)
+    first, second = make(by=by), make(by=by)
     begin = feed(first, 0, 9)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert begin + feed(second, 9, 20) == whole
-    assert len(set(whole)) > 2
+    assert len(set(whole)) >= different
