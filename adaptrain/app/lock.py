@@ -61,10 +61,17 @@ def _taken(path: Path) -> int:
             ) from None
         except OSError:
             return file  # no locks here
-        # Whoever held it before may have removed the file since it was opened.
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(file), os.stat(path)):
+        if _is_still_there(file, path):
+            with contextlib.suppress(OSError):  # a full disk; the name is for people
                 os.truncate(file, 0)
                 os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
-                return file
+            return file
         os.close(file)
+
+
+def _is_still_there(file: int, path: Path) -> bool:
+    """Whether an open file has its name yet: whoever held the lock before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except OSError:
+        return False

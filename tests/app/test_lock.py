@@ -65,6 +65,19 @@ def test_a_killed_process_holds_nothing_even_where_its_workers_live_on(tmp_path:
         pass
 
 
+def test_a_full_disk_is_no_reason_to_wait(tmp_path: Path) -> None:
+    script = (
+        "import os, resource, sys\n"
+        "from pathlib import Path\n"
+        "from adaptrain.app.lock import held\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "with held(Path(sys.argv[1])):\n"
+        "    os._exit(7)\n"
+    )
+    assert Python("-c", script, tmp_path / "run").wait(timeout=60).returncode == 7
+    assert (tmp_path / "run" / LOCK_FILE).read_bytes() == b""
+
+
 def test_a_folder_in_which_nothing_was_written_before_a_kill_is_taken(tiny: list[str], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / LOCK_FILE).touch()
