@@ -19,10 +19,10 @@ class Freezing:
 
     is how fast a layer still changes its course; layers go from the first one up for as long as their η is at most the
     median over the layers that train. `"schedule"` freezes them evenly between `begin` and `end`, whatever they do, as
-    FreezeOut (Brock et al. 2017, arXiv:1706.04983), which also anneals each layer's rate before it goes. `"turns"` freezes
-    `most` of them at once, and lets them train in one window of every `every`, to the end: they go on following the
-    others, and are annealed with them. LISA (Pan et al. 2024, arXiv:2403.17919) freezes layers in turns, too, any of
-    them, which saves memory and less of the backward pass.
+    FreezeOut (Brock et al. 2017, arXiv:1706.04983), which also anneals each layer's rate before it goes. `"turns"`
+    freezes `most` of them at once, and lets them train in one window of every `every`, to the end: they go on following
+    the others, and are annealed with them. LISA (Pan et al. 2024, arXiv:2403.17919) freezes layers in turns, too, any
+    of them, which saves memory and less of the backward pass.
 
     Where the loss of a window is surely above that of the window before the last layer went (z > 3 standard errors),
     all thaw, and none goes for 4 windows, then 8, and so on.
