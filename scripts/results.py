@@ -38,7 +38,7 @@ def run_in_process(run: Callable[..., Any], *, what: str, **arguments: Any) -> A
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(run, arguments, sender), daemon=True)  # ends with this one
+    process = context.Process(target=_send, args=(run, arguments, sender), daemon=True)
     process.start()
     sender.close()
     try:
@@ -48,11 +48,12 @@ def run_in_process(run: Callable[..., Any], *, what: str, **arguments: Any) -> A
 
 
 def _send(run: Callable[..., Any], arguments: dict[str, Any], sender: Any) -> None:
+    end_with_parent()
     sender.send(run(**arguments))
 
 
 def end_with_parent() -> None:
-    """Makes a worker of a pool end when the process that started it is gone: else it would go on without it."""
+    """Makes this process end when the one that started it is gone, also killed: else it would go on without it."""
     parent = parent_process()
     assert parent is not None
 

@@ -272,6 +272,20 @@ def test_workers_end_when_the_learning_rate_benchmark_is_killed(tmp_path: Path) 
     assert not alive
 
 
+def test_a_process_of_a_benchmark_s_own_ends_when_it_is_killed() -> None:
+    code = "import signal; from results import run_in_process; run_in_process(signal.pause, what='a pause')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=SCRIPTS) as benchmark:
+        deadline = time.monotonic() + 60
+        while not (workers := _trainings(benchmark.pid)):
+            assert benchmark.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(1)  # until it runs
+        benchmark.kill()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+
 def _trainings(pid: int) -> list[psutil.Process]:
     children = psutil.Process(pid).children(recursive=True)
     return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
