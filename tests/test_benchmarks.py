@@ -177,7 +177,7 @@ def test_the_family_benchmark_runs_and_goes_on_where_it_stopped(tmp_path: Path, 
     assert 0 < trains["adapters by gradient"] <= 0.06 * trains["all weights"]
     assert all(row["peak_gib"] > 0 for row in rows if row["part"] == "adapters")
     assert arms["soup"] == ["fine-tuned"] * 3 + ["greedy soup", "uniform soup"]
-    assert arms["freezing"] == ["no layer frozen", "freezing by schedule", "freezing by signal"]
+    assert arms["freezing"] == ["no layer frozen", "freezing by schedule", "freezing by signal", "freezing in turns"]
     assert {"member dense", "member final", "cascade", "int8_dynamic of final", "pruned alone"} <= set(arms["family"])
     assert {"member dense", "elastic, whole", "elastic-1"} <= set(arms["elastic"])
     sizes = {row["arm"]: row["size"] for row in rows if "size" in row}
