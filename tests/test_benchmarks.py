@@ -260,30 +260,26 @@ def test_the_learning_rate_report_shows_faults_beside_the_undisturbed_run(monkey
 
 
 def test_workers_end_when_the_learning_rate_benchmark_is_killed(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "benchmark_learning_rate.py"), "--json", str(tmp_path / "rates.json")]
-    with subprocess.Popen([*command, "--jobs", "1", "--parts", "rates"], stderr=subprocess.DEVNULL) as benchmark:
-        deadline = time.monotonic() + 60
-        while not (workers := _trainings(benchmark.pid)):
-            assert benchmark.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        benchmark.kill()
-    _, alive = psutil.wait_procs(workers, timeout=30)
-    assert not alive
+    command = [str(SCRIPTS / "benchmark_learning_rate.py"), "--json", str(tmp_path / "rates.json")]
+    assert not _alive_after_a_kill([*command, "--jobs", "1", "--parts", "rates"])
 
 
 def test_a_process_of_a_benchmark_s_own_ends_when_it_is_killed() -> None:
     code = "import signal; from results import run_in_process; run_in_process(signal.pause, what='a pause')"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=SCRIPTS) as benchmark:
+    assert not _alive_after_a_kill(["-c", code], until_it_runs=1)
+
+
+def _alive_after_a_kill(arguments: list[str], *, until_it_runs: float = 0) -> list[psutil.Process]:
+    """Kills a script of Python once it has processes of its own; returns those that have not ended 30 s later."""
+    with subprocess.Popen([sys.executable, *arguments], cwd=SCRIPTS, stderr=subprocess.DEVNULL) as benchmark:
         deadline = time.monotonic() + 60
         while not (workers := _trainings(benchmark.pid)):
             assert benchmark.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        time.sleep(1)  # until it runs
+        time.sleep(until_it_runs)
         benchmark.kill()
-    _, alive = psutil.wait_procs(workers, timeout=30)
-    assert not alive
+    return psutil.wait_procs(workers, timeout=30)[1]
 
 
 def _trainings(pid: int) -> list[psutil.Process]:
