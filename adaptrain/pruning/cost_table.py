@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,7 @@ class CostTable:
         self.kinds: tuple[str, ...] = tuple(state["kinds"])
         self.dense_widths: list[dict[str, int]] = state["widths"]
         self.costs: tuple[str, ...] = tuple(name for name in COSTS if name in state["fixed"])
+        self.floor: float = state["floor"]
         self.dense = self.total(self.dense_widths)
         gone = dict.fromkeys(self.kinds, 0) | ({"layers": 0} if "rest" in state else {})
         self.least = self.total([{**layer, **gone} for layer in self.dense_widths])
@@ -112,22 +114,19 @@ class CostTable:
 
     def total(self, widths: Widths) -> dict[str, float]:
         """Returns every cost of a structure, given its widths by layer and kind."""
-        found = {
-            name: self.state["fixed"][name]
-            + sum(
-                self.piece(name, index, kind, width)
-                for index, layer in enumerate(widths)
-                for kind, width in layer.items()
-            )
-            for name in self.costs
-        }
-        found["memory"] += self.peak(widths)
-        return found
+        return {name: self.cost(name, widths) for name in self.costs}
+
+    def cost(self, name: str, widths: Widths) -> float:
+        """Returns one cost of a structure."""
+        found = self.state["fixed"][name] + sum(
+            self.piece(name, index, kind, width) for index, layer in enumerate(widths) for kind, width in layer.items()
+        )
+        return found + self.peak(widths) if name == "memory" else found
 
     def peak(self, widths: Widths) -> float:
         """Returns the largest working set of any layer, and at least that of the model without its layers' units."""
         return max(
-            self.state["floor"],
+            self.floor,
             *(self.working_set(index, kind, w) for index, layer in enumerate(widths) for kind, w in layer.items()),
         )
 
@@ -307,7 +306,7 @@ def with_structure(twin: Match, structure: Structure) -> nn.Module:
 
 
 def _interpolate(points: Sequence[Sequence[float]], width: int) -> float:
-    right = bisect_left([point[0] for point in points], width)
+    right = bisect_left(points, width, key=itemgetter(0))
     if points[right][0] == width:
         return points[right][1]
     (w0, ms0), (w1, ms1) = points[right - 1], points[right]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from adaptrain.pruning.cost_table import CostTable
+from adaptrain.pruning.cost_table import CostTable, Widths
 from adaptrain.pruning.importance import Scores
 from adaptrain.pruning.structure import Structure, copy_of, widths
 
@@ -24,16 +24,36 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Move:
-    """Taking a place down to a width."""
+    """Taking a place down to a width, from the width that it has.
+
+    `saved` is what each limited cost falls by; of memory it is the part of the weights, the working set comes on top.
+    """
 
     place: _Place
     width: int
     lost: float
-    gain: float
+    saved: Mapping[str, float]
 
-    @property
-    def price(self) -> float:
-        return self.lost / self.gain
+
+class _WorkingSets:
+    """The largest working set of any layer, and what it would be with one place narrower."""
+
+    def __init__(self, now: Widths, table: CostTable) -> None:
+        self.table = table
+        self.peak = table.peak(now)
+        found = (
+            (table.working_set(layer, kind, width), layer, kind)
+            for layer, kinds in enumerate(now)
+            for kind, width in kinds.items()
+        )
+        self._largest = sorted(found, reverse=True)
+
+    def saved(self, move: _Move) -> float:
+        """Returns the bytes by which a move makes the largest working set smaller."""
+        place = move.place
+        others = (size for size, layer, kind in self._largest if kind != place.kind or layer not in place.layers)
+        own = (self.table.working_set(layer, place.kind, move.width) for layer in place.layers)
+        return self.peak - max(self.table.floor, next(others, 0.0), *own)
 
 
 def solve(
@@ -72,9 +92,12 @@ def solve(
     for place in places:
         _set(now, place, min(now[layer][place.kind] for layer in place.layers))
     most = [{**layer} for layer in now]
-    while moves := list(_moves(now, places, ranked, scores, table, limits)):
-        best = min(moves, key=lambda move: (move.price, -move.gain, move.place.layers, move.place.kind))
-        _set(now, best.place, best.width)
+    # A place's moves stay what they are until it is narrowed itself.
+    moves = [_moves(place, now, ranked, scores, table, limits) for place in places]
+    while (best := _cheapest(moves, now, table, limits)) is not None:
+        index, width = best
+        _set(now, places[index], width)
+        moves[index] = _moves(places[index], now, ranked, scores, table, limits)
     _take_back(now, most, places, ranked, scores, table, limits)
     kept = copy_of(structure)
     for index, layer in enumerate(ranked):
@@ -102,31 +125,48 @@ def _set(widths: list[dict[str, int]], place: _Place, width: int) -> None:
 
 
 def _moves(
-    now: list[dict[str, int]],
-    places: Sequence[_Place],
-    ranked: list[dict[str, list[int]]],
+    place: _Place,
+    now: Widths,
+    ranked: Sequence[Mapping[str, Sequence[int]]],
     scores: Scores,
     table: CostTable,
-    limits: Mapping[str, float],
-) -> Iterator[_Move]:
-    """Yields the ways to narrow one place that bring a cost nearer to a limit that is not met."""
-    totals = table.total(now)
-    excess = {name: totals[name] - limit for name, limit in limits.items() if totals[name] > limit}
-    if not excess:
-        return
-    for place in places:
-        kind, lost = place.kind, 0.0
-        width = now[place.layers[0]][kind]
-        for narrower in _narrower(width, place.allowed):
-            lost += sum(
-                scores[layer][kind][unit] for layer in place.layers for unit in ranked[layer][kind][narrower:width]
-            )
-            width = narrower
-            gain = sum(
-                min(1.0, _saving(now, place, narrower, name, table, totals) / over) for name, over in excess.items()
-            )
+    names: Iterable[str],
+) -> list[_Move]:
+    """Returns the ways to narrow one place, with what each loses and saves of the costs named."""
+    kind, layers, lost = place.kind, place.layers, 0.0
+    width = before = now[layers[0]][kind]
+    found = []
+    for narrower in _narrower(width, place.allowed):
+        lost += sum(scores[layer][kind][unit] for layer in layers for unit in ranked[layer][kind][narrower:width])
+        width = narrower
+        saved = {
+            name: sum(table.piece(name, at, kind, before) - table.piece(name, at, kind, width) for at in layers)
+            for name in names
+        }
+        found.append(_Move(place, width, lost, saved))
+    return found
+
+
+def _cheapest(
+    moves: Sequence[Sequence[_Move]], now: Widths, table: CostTable, limits: Mapping[str, float]
+) -> tuple[int, int] | None:
+    """Returns which place to narrow and to what width; None where all limits are met, or nothing brings them nearer."""
+    excess = {name: over for name, limit in limits.items() if (over := table.cost(name, now) - limit) > 0}
+    sets = _WorkingSets(now, table) if "memory" in excess else None
+    best = least = None
+    for index, own in enumerate(moves):
+        for move in own:
+            gain = 0.0
+            for name, over in excess.items():
+                saved = move.saved[name]
+                if sets is not None and name == "memory":
+                    saved += sets.saved(move)
+                gain += min(1.0, saved / over)
             if gain > _TINY:
-                yield _Move(place, narrower, lost, gain)
+                price = (move.lost / gain, -gain, move.place.layers, move.place.kind)
+                if least is None or price < least:
+                    best, least = (index, move.width), price
+    return best
 
 
 def _narrower(width: int, allowed: Sequence[int]) -> Iterator[int]:
@@ -138,30 +178,18 @@ def _narrower(width: int, allowed: Sequence[int]) -> Iterator[int]:
         yield allowed[index]
 
 
-def _saving(
-    now: list[dict[str, int]], place: _Place, width: int, name: str, table: CostTable, totals: Mapping[str, float]
-) -> float:
-    if name != "memory":
-        return sum(
-            table.piece(name, layer, place.kind, now[layer][place.kind]) - table.piece(name, layer, place.kind, width)
-            for layer in place.layers
-        )
-    narrowed = [{**kinds, place.kind: width} if index in place.layers else kinds for index, kinds in enumerate(now)]
-    return totals["memory"] - table.total(narrowed)["memory"]
-
-
 def _take_back(
     now: list[dict[str, int]],
-    most: list[dict[str, int]],
+    most: Widths,
     places: Sequence[_Place],
-    ranked: list[dict[str, list[int]]],
+    ranked: Sequence[Mapping[str, Sequence[int]]],
     scores: Scores,
     table: CostTable,
     limits: Mapping[str, float],
 ) -> None:
     """Widens again, the most valuable first and up to `most`, where every limit is met all the same."""
 
-    def width(place: _Place, of: list[dict[str, int]]) -> int:
+    def width(place: _Place, of: Widths) -> int:
         return of[place.layers[0]][place.kind]
 
     def worth(place: _Place) -> float:
@@ -173,7 +201,6 @@ def _take_back(
             above = bisect_right(place.allowed, before)
             wider = place.allowed[above] if above < len(place.allowed) else width(place, most)
             _set(now, place, min(wider, width(place, most)))
-            totals = table.total(now)
-            if any(totals[name] > limit for name, limit in limits.items()):
+            if any(table.cost(name, now) > limit for name, limit in limits.items()):
                 _set(now, place, before)
                 break
