@@ -67,7 +67,7 @@ def test_it_keeps_the_best_units_of_each_layer(table) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("name", ["flops", "latency"])
+@pytest.mark.parametrize("name", ["flops", "latency", "memory"])
 def test_it_is_near_the_best_of_all_structures(table, name, seed) -> None:
     scores = random_scores(seed)
     limit = {name: table.least[name] + 0.5 * (table.dense[name] - table.least[name])}
@@ -110,7 +110,7 @@ def test_a_width_that_is_no_multiple_is_rounded_at_the_first_cut(table) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.8, 0.55])
-@pytest.mark.parametrize("name", ["params", "latency"])
+@pytest.mark.parametrize("name", ["params", "latency", "memory"])
 def test_uniform_kinds_stay_equally_wide_at_widths_that_are_allowed(table, name, fraction) -> None:
     scores = random_scores(7)
     limits = {name: table.least[name] + fraction * (table.dense[name] - table.least[name])}
