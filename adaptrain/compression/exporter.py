@@ -142,7 +142,7 @@ def export(
                 item.stat().st_size for item in partial.glob(f"{file.split('.')[0]}*.{file.split('.')[1]}*")
             ),
             weights_file=file,
-            widths=structures.widths(structures.current(match)),
+            widths=structures.current_widths(match),
             labels=_labels(match.model),
             inputs=inputs,
             difference=difference,
@@ -206,7 +206,7 @@ def _write(match: Match, folder: Path, layout: str, format: str) -> list[str]:
 def _dense_params(match: Match) -> int:
     """Returns the parameters before pruning, from what pruning took away."""
     total = cost.count_params(match.model)
-    dense, kept = structures.dimensions(match), structures.widths(structures.current(match))
+    dense, kept = structures.dimensions(match), structures.current_widths(match)
     if all(layer[kind] == have[kind] for layer, have in zip(dense, kept, strict=True) for kind in have):
         return total
     return cost.count_params(match.dense_twin())

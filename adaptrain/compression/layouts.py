@@ -46,7 +46,7 @@ def uniform(match: Match) -> nn.Module:
             " (plain Hugging Face, filled up with zeros), layout='structured' (as small as it is, with adaptrain's"
             " loader) or format='onnx'. To end with uniform layers, prune with ProgressivePruning(uniform=True)."
         )
-    widths = structures.widths(structures.current(match))[0]
+    widths = structures.current_widths(match)[0]
     return _rebuilt(match, heads=widths["heads"], ffn=widths["ffn"])
 
 
@@ -65,7 +65,7 @@ def padded(match: Match) -> nn.Module:
     """
     if why := why_not_plain(match):
         raise ConfigurationError(f"layout='padded' cannot hold this model: {why}. Use layout='structured'.")
-    widths = structures.widths(structures.current(match))
+    widths = structures.current_widths(match)
     dense = structures.dimensions(match)[0]
     widest = max(layer["heads"] for layer in widths)
     heads = min(count for count in plain.head_counts(match) if count >= widest)
@@ -105,7 +105,7 @@ def _rebuilt(match: Match, *, heads: int, ffn: int) -> nn.Module:
             " Export before parts are added to it or taken out, or use layout='structured'."
         )
     values = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    places = _places(Match(wide, match.family), structures.widths(structures.current(match)))
+    places = _places(Match(wide, match.family), structures.current_widths(match))
     for name, tensor in (*wide.named_parameters(), *wide.named_buffers()):
         if name in places:
             tensor.zero_().view(-1)[places[name].reshape(-1)] = values[name].reshape(-1)

@@ -139,7 +139,7 @@ def _unit_costs(match: Match, layer: int, shape: tuple[int, int]) -> dict[str, d
     """Costs of one unit of each kind. A product with a matrix costs two FLOPs for each of its entries and tokens."""
     batch, sequence = shape
     tokens = batch * sequence
-    sizes = structures.dimensions(match)[layer]
+    sizes = structures.layer_dimensions(match, layer)
     item = next(match.model.parameters()).element_size()
     found: dict[str, dict[str, float]] = {}
     for kind in KINDS:

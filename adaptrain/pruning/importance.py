@@ -92,6 +92,7 @@ class RunningScores(Scorer):
         super().__init__(match, kinds)
         self.decay = decay
         self._averages: dict[tuple[int, str], Tensor] = {}
+        self._indices: dict[tuple[int, str], Tensor] = {}  # of units that are left
         self._steps = 0
 
     @property
@@ -104,20 +105,27 @@ class RunningScores(Scorer):
         """Takes in one step: a value of every unit that is left, by layer and kind. A step not finite is left out."""
         if not values:
             return
-        structure, sizes = structures.current(self.match), structures.dimensions(self.match)
         usable = torch.stack([value.sum().isfinite() for value in values.values()]).all()
         for (layer, kind), value in values.items():
             average = self._averages.get((layer, kind))
             if average is None:
-                average = self._averages[layer, kind] = value.new_zeros(sizes[layer][kind])
-            kept = structure[layer][kind]
-            if len(kept) == len(average):
+                size = structures.layer_dimensions(self.match, layer)[kind]
+                average = self._averages[layer, kind] = value.new_zeros(size)
+            if len(value) == len(average):
                 average.copy_(self._merge(average, torch.where(usable, value, self._nothing(average))))
             else:
-                index = torch.tensor(kept, device=value.device)
+                index = self._index(layer, kind, value)
                 past = average[index]
                 average[index] = self._merge(past, torch.where(usable, value, self._nothing(past)))
         self._steps += 1
+
+    def _index(self, layer: int, kind: str, value: Tensor) -> Tensor:
+        """Returns which units the values are of. Units only go: as many as before are the same ones."""
+        index = self._indices.get((layer, kind))
+        if index is None or len(index) != len(value):
+            kept = structures.current(self.match)[layer][kind]
+            index = self._indices[layer, kind] = torch.tensor(kept, device=value.device)
+        return index
 
     def _merge(self, past: Tensor, value: Tensor) -> Tensor:
         return past.lerp(value, 1 - self.decay)
@@ -200,9 +208,9 @@ class TaylorScores(RunningScores):
     def update(self) -> None:
         """Takes in the gradients of an optimizer step; a step whose gradients are missing or not finite is left out."""
         gates: dict[tuple[int, str], Tensor] = {}
-        for layer, kept in enumerate(structures.current(self.match)):
+        for layer, left in enumerate(structures.current_widths(self.match)):
             for kind in self.kinds:
-                if kept[kind]:
+                if left[kind]:
                     output = slices(self.match, layer, kind)[-1]
                     weight = output.weight
                     if weight.grad is None:

@@ -236,7 +236,7 @@ class Pruner:
     def _constraints(self, times: Mapping[str, float]) -> list[dict[str, Any]]:
         assert self.table is not None
         dense = {**self.table.dense, "latency": times["dense"]}
-        final = {**self.table.total(structures.widths(structures.current(self.match))), "latency": times["final"]}
+        final = {**self.table.total(structures.current_widths(self.match)), "latency": times["final"]}
         found = []
         for name, limit in self.target.items():
             value = in_given_unit(name, final[cost_name(name)], dense[cost_name(name)])

@@ -102,9 +102,9 @@ class MovementScores(RunningScores):
     def update(self) -> None:
         """Takes in the gradients of an optimizer step; a step whose gradients are missing or not finite is left out."""
         moves: dict[tuple[int, str], Tensor] = {}
-        for layer, kept in enumerate(structures.current(self.match)):
+        for layer, left in enumerate(structures.current_widths(self.match)):
             for kind in self.kinds:
-                if not kept[kind]:
+                if not left[kind]:
                     continue
                 total = None
                 for part in slices(self.match, layer, kind):

@@ -25,10 +25,13 @@ def dimensions(match: Match) -> list[dict[str, int]]:
 
     `heads` are key-value heads, each `head_size` wide and read by `queries` query heads; `ffn` are neurons.
     """
+    return [layer_dimensions(match, layer) for layer in range(len(match.layers))]
+
+
+def layer_dimensions(match: Match, layer: int) -> dict[str, int]:
+    """Returns the `dimensions` of one layer."""
     known = getattr(match.model, _ATTRIBUTE, None)
-    if known is not None:
-        return [dict(layer) for layer in known["dimensions"]]
-    return [_measure(match, layer) for layer in match.layers]
+    return _measure(match, match.layers[layer]) if known is None else dict(known["dimensions"][layer])
 
 
 def current(match: Match) -> Structure:
@@ -37,6 +40,14 @@ def current(match: Match) -> Structure:
     if known is not None:
         return copy_of(known["layers"])
     return dense(match)
+
+
+def current_widths(match: Match) -> list[dict[str, int]]:
+    """Returns the `widths` of what is left of the model."""
+    known = getattr(match.model, _ATTRIBUTE, None)
+    if known is not None:
+        return widths(known["layers"])
+    return [{kind: layer[kind] for kind in ("heads", "ffn")} for layer in dimensions(match)]
 
 
 def dense(match: Match) -> Structure:

@@ -24,7 +24,7 @@ _STAND_INS = (EmptyAttention, SlicedMultiheadAttention)
 
 def slices(match: Match, layer: int, kind: str) -> list[Slice]:
     """Returns where a layer holds its units of one kind; the last entry is the output projection."""
-    module, sizes = match.layers[layer], structures.dimensions(match)[layer]
+    module, sizes = match.layers[layer], structures.layer_dimensions(match, layer)
     inputs: dict[str, list[int]] = {}  # by path, which is named once for each projection that is fused into it
     if kind == "heads" and (attention := match.family.attention) is not None:
         wide, output = sizes["head_size"] * sizes["queries"], attention.output
