@@ -12,7 +12,7 @@ from adaptrain.errors import ConfigurationError
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.family import Match
 from adaptrain.pruning.projections import Slice
-from adaptrain.pruning.surgery import slices
+from adaptrain.pruning.surgery import output_slice, slices
 
 Scores = list[dict[str, list[float]]]
 """For each layer the score of every unit of the dense model by kind; 0 for units that are gone."""
@@ -210,8 +210,8 @@ class TaylorScores(RunningScores):
         gates: dict[tuple[int, str], Tensor] = {}
         for layer, left in enumerate(structures.current_widths(self.match)):
             for kind in self.kinds:
-                if left[kind]:
-                    output = slices(self.match, layer, kind)[-1]
+                output = output_slice(self.match, layer, kind) if left[kind] else None
+                if output is not None:
                     weight = output.weight
                     if weight.grad is None:
                         return

@@ -24,21 +24,30 @@ _STAND_INS = (EmptyAttention, SlicedMultiheadAttention)
 
 def slices(match: Match, layer: int, kind: str) -> list[Slice]:
     """Returns where a layer holds its units of one kind; the last entry is the output projection."""
-    module, sizes = match.layers[layer], structures.layer_dimensions(match, layer)
-    inputs: dict[str, list[int]] = {}  # by path, which is named once for each projection that is fused into it
-    if kind == "heads" and (attention := match.family.attention) is not None:
-        wide, output = sizes["head_size"] * sizes["queries"], attention.output
-        for path, size in ((attention.query, wide), (attention.key, sizes["head_size"])):
-            inputs.setdefault(path, []).append(size)
-        inputs.setdefault(attention.value, []).append(sizes["head_size"])
-    elif kind == "ffn" and (ffn := match.family.ffn) is not None:
-        wide, output = 1, ffn.output
-        for path in ffn.inputs:
-            inputs.setdefault(path, []).append(1)
-    else:
+    output = output_slice(match, layer, kind)
+    if output is None:
         return []
-    found = [Slice(_projection(module, path), True, fused[0], len(fused)) for path, fused in inputs.items()]
-    return [*found, Slice(_projection(module, output), False, wide)]
+    module, inputs = match.layers[layer], dict[str, list[int]]()  # by path, which is named once for each fused into it
+    if kind == "heads" and (attention := match.family.attention) is not None:
+        size = structures.layer_dimensions(match, layer)["head_size"]
+        for path, lines in ((attention.query, output.size), (attention.key, size), (attention.value, size)):
+            inputs.setdefault(path, []).append(lines)
+    elif (ffn := match.family.ffn) is not None:
+        for path in ffn.inputs:
+            inputs.setdefault(path, []).append(output.size)
+    return [*(Slice(_projection(module, path), True, own[0], len(own)) for path, own in inputs.items()), output]
+
+
+def output_slice(match: Match, layer: int, kind: str) -> Slice | None:
+    """Returns where a layer's output projection holds its units of one kind; None where the family has none."""
+    if kind == "heads" and (attention := match.family.attention) is not None:
+        sizes, path = structures.layer_dimensions(match, layer), attention.output
+        wide = sizes["head_size"] * sizes["queries"]
+    elif kind == "ffn" and (ffn := match.family.ffn) is not None:
+        wide, path = 1, ffn.output
+    else:
+        return None
+    return Slice(_projection(match.layers[layer], path), False, wide)
 
 
 def _projection(layer: nn.Module, path: str) -> Projection:
