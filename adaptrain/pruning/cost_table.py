@@ -274,15 +274,28 @@ def _with_widths(dense: Structure, widths: Mapping[str, int]) -> Structure:
 
 
 def _variant(twin: Match, structure: Structure, layers: Sequence[int] | None = None) -> Match:
-    """A copy of the twin with another structure, and only some of its layers; all outside the layers is shared."""
-    inside = {id(parameter) for layer in twin.layers for parameter in layer.parameters()}
-    shared = {id(p): p for p in (*twin.model.parameters(), *twin.model.buffers()) if id(p) not in inside}
+    """A copy of the twin with another structure, and only some of its layers; all outside the layers is shared.
+
+    Of a large model there is never more than the twin and what the copy keeps.
+    """
+    inside = [parameter for layer in twin.layers for parameter in layer.parameters()]
+    hollow = {id(parameter): _hollow(parameter) for parameter in inside}
+    shared = {id(p): p for p in (*twin.model.parameters(), *twin.model.buffers()) if id(p) not in hollow}
+    full = {hollow[id(parameter)]: parameter for parameter in inside}
     with blocks_outside_of_heap(LEAST_OUTSIDE):
-        variant = Match(copy.deepcopy(twin.model, shared), twin.family)
+        variant = Match(copy.deepcopy(twin.model, {**shared, **hollow}), twin.family)
         resize(variant, structure)
-    if layers is not None:
-        variant.keep_layers(layers)
+        if layers is not None:
+            variant.keep_layers(layers)
+        for parameter in variant.model.parameters():
+            if parameter in full and parameter.untyped_storage().nbytes() < parameter.nbytes:
+                parameter.data = full[parameter].data.clone()
     return variant
+
+
+def _hollow(parameter: nn.Parameter) -> nn.Parameter:
+    """Returns a parameter of the same shape, in the memory of one number."""
+    return nn.Parameter(parameter.data.new_zeros(()).expand(parameter.shape), parameter.requires_grad)
 
 
 def measuring_twin(match: Match) -> Match:

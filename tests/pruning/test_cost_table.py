@@ -102,6 +102,22 @@ def test_a_structure_to_measure_shares_what_is_outside_the_layers() -> None:
     assert structures.widths(structures.current(twin)) == [{"heads": 4, "ffn": 64}] * 2
 
 
+def test_a_structure_to_measure_has_what_it_keeps_of_the_layers_in_memory_of_its_own() -> None:
+    twin = Match(find_family(tiny_bert()).dense_twin(), find_family(tiny_bert()).family)
+    before = {name: parameter.clone() for name, parameter in twin.model.named_parameters()}
+    smaller = with_structure(twin, structure(twin, (4, 64), (1, 0)))
+    theirs = dict(twin.layers[0].named_parameters())
+    for name, own in find_family(smaller).layers[0].named_parameters():
+        assert torch.equal(own, theirs[name])
+        assert own.untyped_storage().data_ptr() != theirs[name].untyped_storage().data_ptr()
+    layers = find_family(smaller).layers
+    assert all(p.untyped_storage().nbytes() == p.nbytes for layer in layers for p in layer.parameters())
+    with torch.no_grad():
+        for parameter in layers[0].parameters():
+            parameter.fill_(1.0)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in twin.model.named_parameters())
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_in_times_is_evened_out_and_what_rises_is_kept(seed: int) -> None:
     values = torch.randn(9, generator=torch.Generator().manual_seed(seed)).tolist()
