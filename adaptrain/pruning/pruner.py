@@ -22,6 +22,7 @@ from adaptrain.pruning.solver import solve
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
 
+_ROOM = 1.1  # times a latency limit: what is left for the last event to cut by measurement, as far as the table tells
 _FITS = 0.97  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
 _AIM = 0.95  # of a latency limit: between the two others
 _NEAR = 0.91  # of a latency limit: below it, more was cut than needed
@@ -101,11 +102,18 @@ class Pruner:
                 )
 
     def limits(self, share: float) -> dict[str, float]:
-        """Returns the absolute limits once `share` in [0, 1] of the whole reduction is due."""
+        """Returns the absolute limits once `share` in [0, 1] of the whole reduction is due.
+
+        Before the last event a tenth stays of a latency limit: until then only the table says what a structure takes,
+        which may be off by that much, and nothing that was cut comes back.
+        """
         assert self.table is not None
         dense = self.table.dense
         final = absolute_limits(self.target, dense)
-        return {name: dense[name] - share * (dense[name] - limit) for name, limit in final.items()}
+        due = {name: dense[name] - share * (dense[name] - limit) for name, limit in final.items()}
+        if share < 1 and "latency" in final:
+            due["latency"] = max(due["latency"], min(dense["latency"], _ROOM * final["latency"]))
+        return due
 
     def propose(self, structure: Structure, scores: Scores, share: float) -> Structure:
         """Returns the structure to have at `share` of the reduction, by the table.

@@ -95,6 +95,23 @@ def test_a_table_that_is_off_is_corrected(clock: Callable[..., Clock], slower: f
     assert said == pytest.approx(true, abs=0.01)
 
 
+@pytest.mark.parametrize("slower", [0.88, 0.94, 1.0])
+def test_a_table_that_asks_too_much_cuts_no_more_than_is_needed_before_the_last_event(
+    clock: Callable[..., Clock], slower: float
+) -> None:
+    match = find_family(tiny_bert(layers=4, ffn=256))
+    made, scores = clock(), magnitude_scores(match, KINDS)
+    decides = Pruner(match, KINDS, {"latency": 0.5}, "auto")
+    decides.use_table(decides.build_table((4, 8)))
+    made.slower = slower
+    structure = structures.dense(match)
+    for share in (0.4, 0.7, 0.96, 0.995):
+        structure = decides.propose(structure, scores, share)
+    structure, measured = decides.settle(structure, scores)
+    assert measured is not None
+    assert 0.45 <= measured <= 0.5
+
+
 def test_a_structure_that_fits_already_stays(clock: Callable[..., Clock]) -> None:
     time = clock()
     match = find_family(tiny_bert(layers=2))
