@@ -52,10 +52,10 @@ class ProgressivePruning(AdaptiveCallback):
     gradients, optimizer state, ties, hooks and running averages of the model (as `WeightAveraging` keeps them) go with
     them. What goes is decided over all layers at once, by what it is worth for what it costs; costs are a table of
     parameters, FLOPs and memory, and of latency measured on the training device. The last event measures the real
-    structure against the dense one and corrects. Training that ends before its last event is pruned to the target at
-    its end, with a warning. What is cut late recovers better where the learning rate is still high, as under
-    warmup-stable-decay (`"wsd"`), than where it falls from the start; so Renda et al. 2020, arXiv:2003.02389, who
-    rewind it.
+    structure against the dense one and corrects; the others leave it a tenth of a latency limit. Training that ends
+    before its last event is pruned to the target at its end, with a warning. What is cut late recovers better where the
+    learning rate is still high, as under warmup-stable-decay (`"wsd"`), than where it falls from the start; so Renda et
+    al. 2020, arXiv:2003.02389, who rewind it.
 
     On a CPU in full precision oneDNN keeps few kernels from then on, in this process, unless the environment says how
     many (`ONEDNN_PRIMITIVE_CACHE_CAPACITY`): those of shapes that hardly come back would leave memory in pieces.
