@@ -336,7 +336,7 @@ def _run(job: Job, folder: str) -> dict[str, Any]:
         "latency": latency_ratio(dense, module.model, cost.example_inputs(module.model, *shape)),
         "latency_input": list(shape),
         "params": cost.count_params(module.model),
-        "widths": structures.widths(structures.current(find_family(module))),
+        "widths": structures.current_widths(find_family(module)),
         "zeros": _zeros(module.model),
         "wall_s": wall,
         "spent_s": watch.seconds,

@@ -271,10 +271,7 @@ class ProgressivePruning(AdaptiveCallback):
             )
             self._prune(trainer, pl_module, events, _lightning.progress(trainer), at_end=True)
         release_memory()  # models are built to be measured
-        report = None
-        if _lightning.is_rank_zero(trainer):
-            _log.info("Measuring the final model beside the dense one.")
-            report = self._pruner.report()
+        report = self._pruner.report() if _lightning.is_rank_zero(trainer) else None
         self._report = _lightning.broadcast(trainer, report)
         self._report["dense"] |= {"metrics": self._dense_metrics, "step": self._dense_step}
         self._report["events"] = self._done
@@ -346,7 +343,6 @@ class ProgressivePruning(AdaptiveCallback):
         if _lightning.is_rank_zero(trainer):
             share = plan[due - 1].share
             if due == len(plan) and pruner.measures:
-                _log.info("Measuring structures beside the dense model, to meet the latency that was asked for.")
                 release_memory()  # models are built to be measured, and what a step has used is free
             chosen, took = (
                 pruner.settle(have, scores) if due == len(plan) else (pruner.propose(have, scores, share), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from adaptrain.pruning.plain import uniform_kinds, uniform_widths
 from adaptrain.pruning.solver import solve
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
+
+_log = logging.getLogger(__name__)
 
 _ROOM = 1.1  # times a latency limit: what is left for the last event to cut by measurement, as far as the table tells
 _FITS = 0.97  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
@@ -141,6 +144,7 @@ class Pruner:
         limits = self.limits(1.0)
         if not self.measures:
             return self._solve(structure, scores, limits), None
+        _log.info("Measuring structures beside the dense model, to meet the latency that was asked for.")
         repeats, twin = cost.repeats_for(self.table.dense["latency"]) // cost.COPIES, measuring_twin(self.match)
         tried: list[tuple[float, float, Structure]] = []
         aim, fits, fails = limits["latency"] * _AIM, 0.0, math.inf
@@ -211,6 +215,7 @@ class Pruner:
             each with `name`, `limit`, `value` and `met`.
         """
         assert self.table is not None
+        _log.info("Measuring the final model beside the dense one.")
         twin = measuring_twin(self.match)
         # Not the model itself, which may carry hooks and all that they reach.
         final = with_structure(twin, structures.current(self.match))

@@ -15,10 +15,10 @@ import torch
 
 from adaptrain import BatchSizeController
 from adaptrain.callbacks.base import decision_log
+from tests.memory import LIMITED, MIB
 from tests.toys import quiet_trainer
 
 ROOT = Path(__file__).parents[2]
-MIB = 2**20
 BATCH, WIDTH = 64, 2**17  # one activation of the whole batch: 32 MiB in fp32
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is enforced on Linux")
@@ -70,10 +70,7 @@ def child(folder: Path) -> None:
 
 def test_plain_predict_dies_and_ours_ends_with_equal_predictions(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.callbacks.test_batch_size_evaluation_rlimit", str(tmp_path)]
-    # Huge pages: half of the time would go into touching 4 KiB at once.
-    memory = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "THP_MEM_ALLOC_ENABLE": "1"}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | memory
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | LIMITED, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     results = json.loads((tmp_path / "results.json").read_text())
     assert "can't allocate memory" in results["plain"]

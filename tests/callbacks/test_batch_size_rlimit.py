@@ -16,10 +16,10 @@ from torch import nn
 
 from adaptrain import BatchSizeController
 from adaptrain.callbacks.base import decision_log
+from tests.memory import LIMITED, MIB
 from tests.toys import quiet_trainer, weights
 
 ROOT = Path(__file__).parents[2]
-MIB = 2**20
 BATCH, WIDTH = 32, 2**17  # one activation of the whole batch: 16 MiB in fp32
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is enforced on Linux")
@@ -83,10 +83,7 @@ def child(folder: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("rlimit")
     command = [sys.executable, "-m", "tests.callbacks.test_batch_size_rlimit", str(folder)]
-    # Huge pages: half of the time would go into touching 4 KiB at once.
-    memory = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "THP_MEM_ALLOC_ENABLE": "1"}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | memory
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | LIMITED, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     return json.loads((folder / "results.json").read_text())
 
