@@ -209,7 +209,7 @@ def _dense_params(match: Match) -> int:
     dense, kept = structures.dimensions(match), structures.current_widths(match)
     if all(layer[kind] == have[kind] for layer, have in zip(dense, kept, strict=True) for kind in have):
         return total
-    return cost.count_params(match.dense_twin())
+    return cost.count_params(match.hollow_twin())
 
 
 def _labels(model: Any) -> list[str]:

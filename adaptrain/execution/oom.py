@@ -10,6 +10,7 @@ import torch
 
 from adaptrain.execution.split import BatchLayout
 from adaptrain.resources.heap import release_free_heap
+from adaptrain.resources.host import memory_available_bytes
 
 # Substrings of messages, lower case. Only texts that mean "no memory": a plain cuBLAS failure is not one.
 _MESSAGES = (
@@ -54,16 +55,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(text in message for text in _MESSAGES)
 
 
-def attempt(run: Callable[[], Any]) -> tuple[Any, str | None]:
+def attempt(run: Callable[[], Any], *, host_bytes: int = 0) -> tuple[Any, str | None]:
     """Runs something that may run out of memory. Any other error is raised.
 
     Args:
         run: What to run.
+        host_bytes: What it takes of the host's memory at least. Where that much is not free it is not run: the system
+            might end the process, and raise nothing.
 
     Returns:
         What it returned, and None; or None, and the first line of the out-of-memory error. Not the error itself: it
         pins the tensors of the frames it passed.
     """
+    if host_bytes and host_bytes > (free := memory_available_bytes()):
+        return None, f"it takes {host_bytes / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free"
     try:
         return run(), None
     except Exception as error:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptrain.errors import ConfigurationError
+from adaptrain.pruning.hollow import is_hollow
 from adaptrain.resources.clock import timed
 from adaptrain.resources.heap import LEAST_OUTSIDE, blocks_outside_of_heap
 
@@ -47,10 +48,11 @@ def count_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
 
 
 def size_on_disk_bytes(model: nn.Module) -> int:
-    """Returns the bytes of the model's state dict as `torch.save` writes it."""
-    sink = _ByteCounter()
-    torch.save(model.state_dict(), sink)  # pyright: ignore[reportArgumentType]
-    return sink.written
+    """Returns the bytes of the model's state dict as `torch.save` writes it; hollow matrices count as if full."""
+    sink, state = _ByteCounter(), model.state_dict()
+    torch.save(state, sink)  # pyright: ignore[reportArgumentType]
+    empty = {value.untyped_storage().data_ptr(): value for value in state.values() if is_hollow(value)}
+    return sink.written + sum(value.nbytes - value.untyped_storage().nbytes() for value in empty.values())
 
 
 def measure_latency(
@@ -85,8 +87,10 @@ def measure_latency(
     turns, copied = max(2, repeats // copies) if copies else repeats, copies > 0 and device.type == "cpu"
     found = []
     for _ in range(max(1, copies)):
-        timed = _copied(models, shared) if copied else models
-        found.append(_in_turns(timed, inputs, device, turns, warm_up=not copied))  # copying is enough of it
+        # No name for the copies, which would hold them while the next are made. Copying is enough of a warm-up.
+        found.append(
+            _in_turns(_copied(models, shared) if copied else models, inputs, device, turns, warm_up=not copied)
+        )
     return {name: statistics.fmean(each[name] for each in found) for name in models}
 
 

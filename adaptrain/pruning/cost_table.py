@@ -13,6 +13,7 @@ from torch import nn
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.family import KINDS, Match
+from adaptrain.pruning.hollow import hollow, is_hollow
 from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.surgery import resize, slices
 from adaptrain.resources.heap import LEAST_OUTSIDE, blocks_outside_of_heap
@@ -59,7 +60,8 @@ class CostTable:
         Returns:
             The table.
         """
-        twin = Match(match.dense_twin(), match.family)
+        # Only what is timed needs weights: a model that fills the device is counted without another beside it.
+        twin = Match(match.dense_twin() if latency else match.hollow_twin(), match.family)
         inputs = twin.example_inputs(*shape)
         sizes = structures.dimensions(twin)
         dense = structures.dense(twin)
@@ -276,26 +278,22 @@ def _with_widths(dense: Structure, widths: Mapping[str, int]) -> Structure:
 def _variant(twin: Match, structure: Structure, layers: Sequence[int] | None = None) -> Match:
     """A copy of the twin with another structure, and only some of its layers; all outside the layers is shared.
 
-    Of a large model there is never more than the twin and what the copy keeps.
+    Of a large model there is never more than the twin and what the copy keeps; of a hollow one, what was cut.
     """
     inside = [parameter for layer in twin.layers for parameter in layer.parameters()]
-    hollow = {id(parameter): _hollow(parameter) for parameter in inside}
-    shared = {id(p): p for p in (*twin.model.parameters(), *twin.model.buffers()) if id(p) not in hollow}
-    full = {hollow[id(parameter)]: parameter for parameter in inside}
+    emptied = {id(parameter): hollow(parameter) for parameter in inside}
+    shared = {id(p): p for p in (*twin.model.parameters(), *twin.model.buffers()) if id(p) not in emptied}
+    full = {emptied[id(parameter)]: parameter for parameter in inside}
     with blocks_outside_of_heap(LEAST_OUTSIDE):
-        variant = Match(copy.deepcopy(twin.model, {**shared, **hollow}), twin.family)
-        resize(variant, structure)
+        variant = Match(copy.deepcopy(twin.model, {**shared, **emptied}), twin.family)
         if layers is not None:
             variant.keep_layers(layers)
+            structure = [structure[layer] for layer in layers]
+        resize(variant, structure)
         for parameter in variant.model.parameters():
-            if parameter in full and parameter.untyped_storage().nbytes() < parameter.nbytes:
+            if parameter in full and is_hollow(parameter) and not is_hollow(full[parameter]):
                 parameter.data = full[parameter].data.clone()
     return variant
-
-
-def _hollow(parameter: nn.Parameter) -> nn.Parameter:
-    """Returns a parameter of the same shape, in the memory of one number."""
-    return nn.Parameter(parameter.data.new_zeros(()).expand(parameter.shape), parameter.requires_grad)
 
 
 def measuring_twin(match: Match) -> Match:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrain.pruning import cost
+from adaptrain.pruning.hollow import hollow_model
 
 KINDS = ("heads", "ffn")
 
@@ -161,10 +162,17 @@ class Match:
         The random state of the process is left as it was.
         """
         parameter = next(self.model.parameters())
+        return self._build().to(device=parameter.device, dtype=parameter.dtype)
+
+    def hollow_twin(self) -> nn.Module:
+        """Returns what `dense_twin` returns, but with matrices that take no memory: to be counted, not to be used."""
+        return hollow_model(self._build, like=next(self.model.parameters()))
+
+    def _build(self) -> nn.Module:
+        parameter = next(self.model.parameters())
         devices = [parameter.device] if parameter.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            twin = self.family.dense_twin(self.model)
-        return twin.to(device=parameter.device, dtype=parameter.dtype)
+            return self.family.dense_twin(self.model)
 
     def example_inputs(self, batch_size: int, sequence_length: int) -> dict[str, Tensor]:
         """Returns inputs of one shape on the model's device."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from adaptrain.errors import ConfigurationError
+from adaptrain.execution.oom import attempt, release_memory
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost_table import CostTable, measuring_twin, with_structure
@@ -24,6 +25,7 @@ from adaptrain.pruning.structure import Structure
 from adaptrain.pruning.target import absolute_limits, cost_name, in_given_unit
 
 _log = logging.getLogger(__name__)
+_Found = TypeVar("_Found")
 
 _ROOM = 1.1  # times a latency limit: what is left for the last event to cut by measurement, as far as the table tells
 _FITS = 0.97  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
@@ -36,6 +38,7 @@ _CANDIDATES = 6  # structures that are measured before one is chosen, at most
 _CLOSE = 1.06  # an aim that fails over one that fits: what is between them is not worth another candidate
 _STRIDE = 0.75  # the most that one value, which may be off, moves the aim
 _MOST = 20  # measurements of the final model, where a limit seems not to be met
+_SLOW = 1000.0  # milliseconds: a forward that takes longer is timed once, where no limit depends on it
 _PAUSE = 0.5  # seconds before each of them beyond the usual: what keeps the machine busy now may be over then
 _UNIT_NAMES = {"heads": "heads", "ffn": "FFN neurons"}
 
@@ -79,8 +82,25 @@ class Pruner:
         return any(cost_name(name) == "latency" for name in self.target)
 
     def build_table(self, shape: tuple[int, int]) -> dict[str, Any]:
-        """Computes and measures what structures cost at a (batch, sequence), as plain Python for `use_table`."""
-        return CostTable.build(self.match, self.kinds, shape, latency=self.measures, layers=self.layers).state
+        """Computes and measures what structures cost at a (batch, sequence), as plain Python for `use_table`.
+
+        Raises:
+            ConfigurationError: There is no memory for a dense model to measure, beside the one that trains.
+        """
+
+        def build() -> CostTable:
+            return CostTable.build(self.match, self.kinds, shape, latency=self.measures, layers=self.layers)
+
+        if not self.measures:
+            return build().state
+        table, lack = attempt(build, host_bytes=self._on_host(sum(p.nbytes for p in self.match.model.parameters())))
+        if table is None:
+            raise ConfigurationError(
+                f"There is no memory to measure latency, for which a dense model is built beside yours: {lack}."
+                " Limit params, flops or memory, which are computed; or measure at a smaller"
+                f" latency_input=(batch, sequence) than {shape[0]} x {shape[1]}, or in a lower precision."
+            )
+        return table.state
 
     def use_table(self, state: Mapping[str, Any]) -> None:
         """Takes a cost table.
@@ -136,15 +156,26 @@ class Pruner:
         measured value is at the limit: what a table interpolates and adds up is not quite what a model takes. Each
         candidate is measured until the mean tells whether it will do, so that none wins by one that was lucky.
 
+        Without memory for that, as a warning says, the table decides, and nothing is measured.
+
         Args:
             structure: What is left now.
             scores: What each unit is worth.
         """
-        assert self.table is not None
         limits = self.limits(1.0)
         if not self.measures:
             return self._solve(structure, scores, limits), None
         _log.info("Measuring structures beside the dense model, to meet the latency that was asked for.")
+        found, lack = self._with_room(lambda: self._search(structure, scores, limits))
+        if found is None:
+            _log.warning("There is no memory to measure structures (%s): what goes is decided by the cost table.", lack)
+            return self._solve(structure, scores, limits), None
+        return found
+
+    def _search(
+        self, structure: Structure, scores: Scores, limits: Mapping[str, float]
+    ) -> tuple[Structure, float | None]:
+        assert self.table is not None
         repeats, twin = cost.repeats_for(self.table.dense["latency"]) // cost.COPIES, measuring_twin(self.match)
         tried: list[tuple[float, float, Structure]] = []
         aim, fits, fails = limits["latency"] * _AIM, 0.0, math.inf
@@ -208,7 +239,8 @@ class Pruner:
         """Measures the model against a dense one.
 
         On a CPU it is copies of both that are timed: where this process has put the model says nothing about where one
-        will lie that is loaded from a file.
+        will lie that is loaded from a file. Without memory for that, as a warning says, latencies are None, and a limit
+        on latency is judged by the table.
 
         Returns:
             `dense` and `final` with `params`, `flops`, `latency_ms` and `size_bytes`; `latency_input`; `constraints`,
@@ -216,45 +248,72 @@ class Pruner:
         """
         assert self.table is not None
         _log.info("Measuring the final model beside the dense one.")
+        times, lack = self._with_room(self._measure)
+        if times is None:
+            judged = " Whether the limit is met is told by the cost table." if self.measures else ""
+            _log.warning("There is no memory to measure the final model's latency (%s).%s", lack, judged)
+        report: dict[str, Any] = {
+            "latency_input": list(self.table.state["shape"]),
+            "constraints": self._constraints(times or {}),
+        }
+        inputs = self._inputs(self.match)
+        for name, model in {"dense": self.match.hollow_twin(), "final": self.match.model}.items():
+            report[name] = {
+                "params": cost.count_params(model),
+                "flops": cost.count_flops(model, inputs),
+                "latency_ms": None if times is None else times[name],
+                "size_bytes": cost.size_on_disk_bytes(model),
+            }
+        return report
+
+    def _measure(self) -> dict[str, float]:
+        """Returns the milliseconds of `dense` and `final`, measured until it is clear that a limit is not met."""
+        assert self.table is not None
         twin = measuring_twin(self.match)
         # Not the model itself, which may carry hooks and all that they reach.
         final = with_structure(twin, structures.current(self.match))
-        rough = self.table.dense.get("latency")  # not measured yet where it is not limited
-        if rough is None:
-            rough = self._beside(twin, final, 1)["dense"]
+        rough = self.table.dense.get("latency")
+        if rough is None:  # it is not limited, and was not measured yet
+            once = cost.measure_latency({"dense": twin.model, "final": final}, self._inputs(twin), repeats=1)
+            rough = once["dense"]
+            if rough > _SLOW:
+                return once
         repeats = cost.repeats_for(rough) // cost.COPIES
         measured = [self._beside(twin, final, repeats) for _ in range(cost.COPIES)]
         # A difference of a percent needs more of them.
         while len(measured) < _MOST and not self._latency_met(_mean(measured)):
             time.sleep(_PAUSE)
             measured.append(self._beside(twin, final, repeats))
-        times = _mean(measured)
-        report: dict[str, Any] = {
-            "latency_input": list(self.table.state["shape"]),
-            "constraints": self._constraints(times),
-        }
-        inputs = self._inputs(twin)
-        for name, model in {"dense": twin.model, "final": self.match.model}.items():
-            report[name] = {
-                "params": cost.count_params(model),
-                "flops": cost.count_flops(model, inputs),
-                "latency_ms": times[name],
-                "size_bytes": cost.size_on_disk_bytes(model),
-            }
-        return report
+        return _mean(measured)
 
     def _latency_met(self, times: Mapping[str, float]) -> bool:
         return all(each["met"] for each in self._constraints(times) if cost_name(each["name"]) == "latency")
 
     def _constraints(self, times: Mapping[str, float]) -> list[dict[str, Any]]:
         assert self.table is not None
-        dense = {**self.table.dense, "latency": times["dense"]}
-        final = {**self.table.total(structures.current_widths(self.match)), "latency": times["final"]}
+        dense, final = dict(self.table.dense), self.table.total(structures.current_widths(self.match))
+        if times:
+            dense["latency"], final["latency"] = times["dense"], times["final"]
         found = []
         for name, limit in self.target.items():
             value = in_given_unit(name, final[cost_name(name)], dense[cost_name(name)])
             found.append({"name": name, "limit": limit, "value": value, "met": value <= limit})
         return found
+
+    def _with_room(self, run: Callable[[], _Found]) -> tuple[_Found | None, str | None]:
+        """Runs what measures this model beside the dense one; None where there is no memory for that, and why."""
+        assert self.table is not None
+        table, item = self.table, next(self.match.model.parameters()).element_size()
+        here, fixed = table.total(structures.current_widths(self.match))["params"], table.state["fixed"]["params"]
+        # Of both all but what they share with the model; where a limit depends on it, on a CPU a copy of each as well.
+        needed = (1 + self.measures) * item * round(table.dense["params"] + here - 2 * fixed)
+        found, lack = attempt(run, host_bytes=self._on_host(needed))
+        if lack is not None:
+            release_memory()
+        return found, lack
+
+    def _on_host(self, needed: int) -> int:
+        return needed if next(self.match.model.parameters()).device.type == "cpu" else 0
 
     def _inputs(self, match: Match) -> dict[str, Any]:
         assert self.table is not None

@@ -149,14 +149,18 @@ def summarize(
 
 
 def _measure(model: Any, shape: tuple[int, int]) -> dict[str, Any]:
+    from adaptrain.execution.oom import attempt
     from adaptrain.pruning import cost  # here, so that reading a report does not import torch
 
     inputs = cost.example_inputs(model, *shape)
+    size = cost.size_on_disk_bytes(model)
+    on_host = size if next(model.parameters()).device.type == "cpu" else 0
+    times, _ = attempt(lambda: cost.measure_latency({"final": model}, inputs, copies=cost.COPIES), host_bytes=on_host)
     return {
         "params": cost.count_params(model),
         "flops": cost.count_flops(model, inputs),
-        "latency_ms": cost.measure_latency({"final": model}, inputs, copies=cost.COPIES)["final"],
-        "size_bytes": cost.size_on_disk_bytes(model),
+        "latency_ms": None if times is None else times["final"],
+        "size_bytes": size,
     }
 
 
@@ -188,9 +192,9 @@ def _beside(
         here = pruning_report["dense"]
     else:
         here = _twin_costs(module, final)
-        if here is None:
-            return recorded, final, f"{source}; its latency is as that run measured it"
-        final = replace(final, latency_ms=here.pop("final_latency_ms"))
+        final = replace(final, latency_ms=here.pop("final_latency_ms")) if here else final
+    if here is None or here["latency_ms"] is None:
+        return recorded, final, f"{source}; its latency is as that run measured it"
     costs = {name: here[name] for name in ("params", "flops", "latency_ms", "size_bytes")}
     dense = replace(baseline.final, **costs, latency_input=final.latency_input)
     return dense, final, f"{source}; its latency measured again here, in turns with the final model"
@@ -198,16 +202,22 @@ def _beside(
 
 def _twin_costs(module: Any, final: Column) -> dict[str, Any] | None:
     """The costs of the dense model and the final model's latency beside it; None where no dense twin can be built."""
+    from adaptrain.execution.oom import attempt
     from adaptrain.pruning import cost, families
 
     try:
         match = families.find_family(module)
     except ConfigurationError:
         return None
-    inputs = match.example_inputs(*final.latency_input)
-    models = {"dense": match.dense_twin(), "final": match.model}
-    latency = cost.measure_latency(models, inputs, copies=cost.COPIES)
-    return {
+
+    def measure() -> dict[str, float]:
+        models = {"dense": match.dense_twin(), "final": match.model}
+        return cost.measure_latency(models, match.example_inputs(*final.latency_input), copies=cost.COPIES)
+
+    weights = sum(parameter.nbytes for parameter in match.model.parameters())
+    on_host = 3 * weights if next(match.model.parameters()).device.type == "cpu" else 0  # the twin, and copies of both
+    latency, _ = attempt(measure, host_bytes=on_host)
+    return latency and {
         "params": final.params,
         "flops": final.flops,
         "size_bytes": final.size_bytes,

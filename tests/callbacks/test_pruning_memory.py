@@ -1,0 +1,120 @@
+"""Pruning where there is no memory for a dense model beside the one that trains: a real limit on the address space."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from adaptrain import ConfigurationError, CubicSchedule, ProgressivePruning
+from adaptrain.callbacks.base import decision_log
+from adaptrain.execution.oom import attempt, release_memory
+from adaptrain.pruning.family import Match
+from tests.toys import TextModule, quiet_trainer, text_loader, tiny_bert
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
+
+MIB = 2**20
+WEIGHTS = 64 * MIB  # of the model that trains, nearly all of them FFN neurons
+
+
+@contextlib.contextmanager
+def room(size: int) -> Iterator[None]:
+    """Leaves this process so many bytes of addresses."""
+    release_memory()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+class Wide(TextModule):
+    def __init__(self) -> None:
+        super().__init__(tiny_bert(hidden=256, ffn=WEIGHTS // (2 * 2 * 256 * 4)))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class Fills(pl.Callback):
+    """Something else takes the memory while the model trains, and leaves so much of it.
+
+    Args:
+        step: After so many steps.
+        left: Bytes.
+    """
+
+    def __init__(self, step: int, left: int) -> None:
+        self.step, self.left = step, left
+        self.taken = contextlib.ExitStack()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.taken.enter_context(room(self.left))
+
+
+def trained(tmp_path: Any, callback: ProgressivePruning, fills: Fills) -> pl.Trainer:
+    trainer = quiet_trainer(tmp_path, callbacks=[callback, fills], max_epochs=2)
+    with fills.taken:
+        trainer.fit(Wide(), text_loader())
+    return trainer
+
+
+SCHEDULE = CubicSchedule(begin=0.2, end=0.6, events=2)  # the last event comes after 8 of 12 steps
+
+
+def test_what_is_computed_needs_no_model_beside_and_the_report_does_without(tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(Match, "dense_twin", lambda match: pytest.fail("built"))
+    callback = ProgressivePruning(target={"params": 0.5}, schedule=SCHEDULE)
+    with caplog.at_level(logging.WARNING):
+        trained(tmp_path, callback, Fills(12, WEIGHTS))
+    report = callback.report()
+    assert report["constraints"][0]["met"]
+    assert 0.45 < report["final"]["params"] / report["dense"]["params"] <= 0.5
+    assert (report["dense"]["latency_ms"], report["final"]["latency_ms"]) == (None, None)
+    assert report["dense"]["size_bytes"] > WEIGHTS > report["final"]["size_bytes"]
+    assert report["dense"]["flops"] > report["final"]["flops"]
+    assert "no memory to measure the final model's latency (it takes 0." in caplog.text
+
+
+def test_latency_that_cannot_be_measured_is_refused_before_training(tmp_path) -> None:
+    trainer, module = quiet_trainer(tmp_path, callbacks=[pruning_by_latency()], max_epochs=2), Wide()
+    with room(WEIGHTS // 2), pytest.raises(ConfigurationError, match=r"no memory to measure latency.*Limit params"):
+        trainer.fit(module, text_loader())
+
+
+def test_where_memory_is_gone_at_the_last_event_the_table_decides(tmp_path, caplog) -> None:
+    callback = pruning_by_latency()
+    with caplog.at_level(logging.WARNING):
+        trainer = trained(tmp_path, callback, Fills(7, 5 * WEIGHTS // 2))
+    first, last = [each for each in decision_log(trainer) if each.knob == "structure"]
+    assert not last.readings["latency_measured"]
+    assert last.readings["latency"] <= 0.5 < first.readings["latency"]
+    assert "what goes is decided by the cost table" in caplog.text
+    assert "Whether the limit is met is told by the cost table." in caplog.text
+    (entry,) = callback.report()["constraints"]
+    assert entry["met"]
+    assert entry["value"] == last.readings["latency"]
+
+
+def pruning_by_latency() -> ProgressivePruning:
+    return ProgressivePruning(target={"latency": 0.5}, schedule=SCHEDULE, latency_input=(1, 4))
+
+
+def test_what_surely_finds_no_memory_is_not_tried() -> None:
+    with room(64 * MIB):
+        assert attempt(lambda: "done", host_bytes=MIB) == ("done", None)
+        found, lack = attempt(lambda: pytest.fail("tried"), host_bytes=2**40)
+    assert found is None
+    assert lack is not None
+    assert lack.startswith("it takes 1024.00 GiB, and 0.")
