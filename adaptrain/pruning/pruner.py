@@ -38,7 +38,8 @@ _CANDIDATES = 6  # structures that are measured before one is chosen, at most
 _CLOSE = 1.06  # an aim that fails over one that fits: what is between them is not worth another candidate
 _STRIDE = 0.75  # the most that one value, which may be off, moves the aim
 _MOST = 20  # measurements of the final model, where a limit seems not to be met
-_SLOW = 1000.0  # milliseconds: a forward that takes longer is timed once, where no limit depends on it
+_FEW = 2  # measurements of the final model, where no limit depends on them
+_SLOW = 1000.0  # milliseconds: a forward that takes longer is then timed once
 _PAUSE = 0.5  # seconds before each of them beyond the usual: what keeps the machine busy now may be over then
 _UNIT_NAMES = {"heads": "heads", "ffn": "FFN neurons"}
 
@@ -279,7 +280,8 @@ class Pruner:
             if rough > _SLOW:
                 return once
         repeats = cost.repeats_for(rough) // cost.COPIES
-        measured = [self._beside(twin, final, repeats) for _ in range(cost.COPIES)]
+        copies = cost.COPIES if self.measures else _FEW
+        measured = [self._beside(twin, final, repeats) for _ in range(copies)]
         # A difference of a percent needs more of them.
         while len(measured) < _MOST and not self._latency_met(_mean(measured)):
             time.sleep(_PAUSE)

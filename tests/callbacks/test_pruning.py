@@ -212,6 +212,7 @@ def test_both_namespaces(tmp_path, namespace) -> None:
     assert "on_load_checkpoint" not in module.__dict__
 
 
+@pytest.mark.usefixtures("usual_repeats")
 def test_the_last_event_measures_the_real_structure(tmp_path) -> None:
     # One event: after earlier ones a noisy measurement may find nothing left to cut.
     schedule = OneShotSchedule(at=0.5)

@@ -54,6 +54,7 @@ def test_memory_is_near_what_the_real_model_uses(build, widths) -> None:
     assert table.total(structures.widths(keep))["memory"] == pytest.approx(real, rel=0.06)
 
 
+@pytest.mark.usefixtures("usual_repeats")
 def test_latency_points_are_monotone_and_end_at_the_measured_models() -> None:
     match = find_family(tiny_bert(layers=3, hidden=64, ffn=256))
     table = CostTable.build(match, KINDS, (8, 32), latency=True)

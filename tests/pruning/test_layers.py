@@ -108,6 +108,7 @@ def test_its_costs_are_those_of_the_real_model(name) -> None:
     assert total["flops"] == cost.count_flops(match.model, match.example_inputs(4, 24))
 
 
+@pytest.mark.usefixtures("usual_repeats")
 def test_the_time_of_a_layer_that_does_nothing_goes_too() -> None:
     table = CostTable.build(find_family(tiny_bert(layers=4)), KINDS, (4, 16), latency=True, layers=True)
     empty = [{"heads": 0, "ffn": 0}] * 4
