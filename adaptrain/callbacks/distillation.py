@@ -15,6 +15,7 @@ from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.distillation import DistillationLoss
 from adaptrain.execution.logit_cache import LogitCache
+from adaptrain.execution.oom import attempt, release_memory
 from adaptrain.pruning.cost import count_params
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import Match
@@ -47,6 +48,8 @@ class Distillation(AdaptiveCallback):
     long. What the module logs itself stays the task's loss; `outputs["loss"]` is the sum, and
     `adaptrain/distillation_loss` the teacher's part. Micro-batches of `BatchSizeController` are taught one by one,
     which gives the same gradient.
+
+    Where there is no memory for a copy of the dense model, training goes on without a teacher, with a warning.
 
     A dense teacher is in every checkpoint that can be resumed, which grows by the model's size; a checkpoint of
     weights alone has none. The teacher's logits of a sample are kept and not computed again when the sample comes back
@@ -107,6 +110,7 @@ class Distillation(AdaptiveCallback):
         self._cache = LogitCache(cache_mib * 2**20)
         self._match: Match | None = None
         self._began = False  # in a dry run: would have
+        self._gave_up = False  # no memory for the teacher
         self._model: nn.Module | None = None
         self._loss: DistillationLoss | None = None
 
@@ -117,7 +121,7 @@ class Distillation(AdaptiveCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forgets the teacher of an earlier fit."""
         if stage == "fit":
-            self._began, self._model, self._loss = False, None, None
+            self._began, self._gave_up, self._model, self._loss = False, False, None, None
             self._cache = LogitCache(self.cache_mib * 2**20)
         super().setup(trainer, pl_module, stage)
 
@@ -162,16 +166,30 @@ class Distillation(AdaptiveCallback):
 
     def on_before_change(self, trainer: Any, pl_module: Any, knob: str, *, at_end: bool = False) -> None:
         """Takes the dense model as the teacher, before its structure changes for the first time."""
-        if knob != "structure" or at_end or not self._is_dense or self._began or self._match is None:
+        if knob != "structure" or at_end or not self._is_dense or self._began or self._gave_up or self._match is None:
             return
         if not self.dry_run:
-            self._model = copy_teacher(self._match)
+            if not self._take_copy(trainer, pl_module, self._match):
+                return
             self._begin(pl_module)
         self._record(trainer, f"The dense model of step {trainer.global_step} teaches from here on")
 
+    def _take_copy(self, trainer: Any, pl_module: Any, match: Match) -> bool:
+        """Copies the model as the teacher; on every rank, or on none where one has no memory for it."""
+        on_host = sum(p.nbytes for p in match.model.parameters()) if pl_module.device.type == "cpu" else 0
+        self._model, lack = attempt(lambda: copy_teacher(match), host_bytes=on_host)
+        (lacking,) = _lightning.all_reduce([float(self._model is None)], op="max", device=pl_module.device)
+        if lacking:
+            self._gave_up, self._model = True, None
+            release_memory()
+            why = f"No memory for a copy of the dense model ({lack or 'on another rank'}): nothing teaches"
+            _log.warning("%s, and training goes on without.", why)
+            self.record(trainer, "distillation", old=0.0, new=0.0, reason=why, readings={})
+        return not lacking
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Says where there was nothing to teach."""
-        if not self._began:
+        if not self._began and not self._gave_up:
             _log.warning(
                 "Distillation did nothing: it waits for the model's structure to change, to take the dense model as its"
                 " teacher, and it never changed. Add ProgressivePruning, or give a teacher."
@@ -194,12 +212,13 @@ class Distillation(AdaptiveCallback):
             self._cache.load_state_dict(said)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns whether the teacher has begun."""
-        return {"began": self._began}
+        """Returns whether the teacher has begun, or found no memory."""
+        return {"began": self._began, "gave_up": self._gave_up}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with it."""
         self._began = state_dict["began"]
+        self._gave_up = state_dict.get("gave_up", False)
 
     def _record(self, trainer: Any, what: str) -> None:
         self._began = True

@@ -11,6 +11,8 @@ import torch
 import torch.multiprocessing as mp
 
 from adaptrain import BatchSizeController, CubicSchedule, Distillation, ProgressivePruning
+from adaptrain.callbacks.base import decision_log
+from adaptrain.execution import oom
 from tests.processes import rank_results
 from tests.toys import TextModule, join_ranks, quiet_trainer, text_loader, text_samples, weights
 
@@ -25,8 +27,9 @@ def fit(folder: Path, loader: Any, others: list[Any], **settings: Any) -> dict[s
     trainer = quiet_trainer(folder, callbacks=[pruning, distillation, *others], max_epochs=2, **settings)
     module = TextModule().double()
     trainer.fit(module, loader)
-    assert distillation._model is not None
-    return {"weights": weights(module), "teacher": weights(distillation._model)}
+    teacher = None if distillation._model is None else weights(distillation._model)
+    told = [each.reason for each in decision_log(trainer) if each.knob == "distillation"]
+    return {"weights": weights(module), "teacher": teacher, "told": told}
 
 
 def worker(rank: int, folder: str, port: int) -> None:
@@ -36,6 +39,10 @@ def worker(rank: int, folder: str, port: int) -> None:
         loader = text_loader(text_samples(96)[rank::2])
         settings: dict[str, Any] = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
         found.append(fit(Path(folder), loader, others, **settings))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(oom, "memory_available_bytes", lambda: 0)
+        found.append(fit(Path(folder), loader, [], **settings))
     torch.save(found, Path(folder) / f"rank{rank}.pt")
 
 
@@ -52,6 +59,14 @@ def test_two_ranks_are_taught_alike_and_as_one_process(ranks, tmp_path, micro_ba
     alone = fit(tmp_path, text_loader(text_samples(96), batch_size=16), [])
     assert torch.allclose(first["teacher"], alone["teacher"], rtol=1e-6, atol=1e-9)
     assert torch.allclose(first["weights"], alone["weights"], rtol=1e-6, atol=1e-8)
+
+
+def test_where_one_rank_has_no_memory_for_the_teacher_none_is_taught(ranks) -> None:
+    first, second = (rank[2] for rank in ranks)
+    assert first["teacher"] is second["teacher"] is None
+    assert torch.equal(first["weights"], second["weights"])
+    (told,) = first["told"]
+    assert told == "No memory for a copy of the dense model (on another rank): nothing teaches"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from adaptrain import ConfigurationError, CubicSchedule, ProgressivePruning
+from adaptrain import ConfigurationError, CubicSchedule, Distillation, ProgressivePruning
 from adaptrain.callbacks.base import decision_log
 from adaptrain.execution.oom import attempt, release_memory
 from adaptrain.pruning.family import Match
@@ -52,19 +52,24 @@ class Fills(pl.Callback):
     Args:
         step: After so many steps.
         left: Bytes.
+        returns: Whether it gives them back before the next step.
     """
 
-    def __init__(self, step: int, left: int) -> None:
-        self.step, self.left = step, left
+    def __init__(self, step: int, left: int, *, returns: bool = False) -> None:
+        self.step, self.left, self.returns = step, left, returns
         self.taken = contextlib.ExitStack()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.returns:
+            self.taken.close()
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step:
             self.taken.enter_context(room(self.left))
 
 
-def trained(tmp_path: Any, callback: ProgressivePruning, fills: Fills) -> pl.Trainer:
-    trainer = quiet_trainer(tmp_path, callbacks=[callback, fills], max_epochs=2)
+def trained(tmp_path: Any, callback: ProgressivePruning, fills: Fills, *others: Any) -> pl.Trainer:
+    trainer = quiet_trainer(tmp_path, callbacks=[fills, callback, *others], max_epochs=2)
     with fills.taken:
         trainer.fit(Wide(), text_loader())
     return trainer
@@ -105,6 +110,21 @@ def test_where_memory_is_gone_at_the_last_event_the_table_decides(tmp_path, capl
     (entry,) = callback.report()["constraints"]
     assert entry["met"]
     assert entry["value"] == last.readings["latency"]
+
+
+def test_without_memory_for_a_teacher_training_goes_on_without(tmp_path, caplog) -> None:
+    teacher = Distillation()
+    fills = Fills(3, WEIGHTS // 2, returns=True)
+    with caplog.at_level(logging.WARNING):
+        trainer = trained(tmp_path, ProgressivePruning(target={"params": 0.5}, schedule=SCHEDULE), fills, teacher)
+    decisions = decision_log(trainer)
+    assert [each.step for each in decisions if each.knob == "structure"] == [3, 8]
+    (told,) = [each for each in decisions if each.knob == "distillation"]  # it does not take a pruned one later
+    assert told.step == 3
+    assert told.reason.startswith("No memory for a copy of the dense model (it takes 0.")
+    assert "goes on without" in caplog.text
+    assert "did nothing" not in caplog.text
+    assert teacher.state_dict() == {"began": False, "gave_up": True}
 
 
 def pruning_by_latency() -> ProgressivePruning:
