@@ -15,7 +15,7 @@ from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.distillation import DistillationLoss
 from adaptrain.execution.logit_cache import LogitCache
-from adaptrain.execution.oom import attempt, release_memory
+from adaptrain.execution.oom import attempt, release_memory, weights_on_host
 from adaptrain.pruning.cost import count_params
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import Match
@@ -176,8 +176,7 @@ class Distillation(AdaptiveCallback):
 
     def _take_copy(self, trainer: Any, pl_module: Any, match: Match) -> bool:
         """Copies the model as the teacher; on every rank, or on none where one has no memory for it."""
-        on_host = sum(p.nbytes for p in match.model.parameters()) if pl_module.device.type == "cpu" else 0
-        self._model, lack = attempt(lambda: copy_teacher(match), host_bytes=on_host)
+        self._model, lack = attempt(lambda: copy_teacher(match), host_bytes=weights_on_host(match.model))
         (lacking,) = _lightning.all_reduce([float(self._model is None)], op="max", device=pl_module.device)
         if lacking:
             self._gave_up, self._model = True, None

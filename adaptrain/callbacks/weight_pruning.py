@@ -16,6 +16,7 @@ from adaptrain._lightning.structure import averaged_copies
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.decisions import Decision
 from adaptrain.errors import ConfigurationError
+from adaptrain.execution.oom import attempt, weights_on_host
 from adaptrain.policies.sparsity import read_schedule
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
@@ -146,12 +147,15 @@ class WeightPruning(AdaptiveCallback):
             self._prune(trainer, pl_module, events)
         report = self._measure(trainer) if _lightning.is_rank_zero(trainer) else None
         self._report = _lightning.broadcast(trainer, report)
+        latency = self._report["latency"]
         _log.info(
             "%.0f%% of the weights in attention and feed-forward matrices are zero. Compressed, its file takes %.2f of"
-            " its size; a forward pass takes %.2f of the time it takes without zeros, and the memory is the same.",
+            " its size; a forward pass takes %s, and the memory is the same.",
             100 * self._report["zeros"],
             self._report["compressed_bytes"] / self._report["size_bytes"],
-            self._report["latency"],
+            "a time that there was no memory to measure"
+            if latency is None
+            else f"{latency:.2f} of the time it takes without zeros",
         )
 
     def report(self) -> dict[str, Any]:
@@ -159,8 +163,8 @@ class WeightPruning(AdaptiveCallback):
 
         Returns:
             `zeros`, the share of the matrices' weights; `latency`, measured, as a fraction of a dense model's of the
-            same shape, at `latency_input` (batch, sequence); `size_bytes` of the weights and their `compressed_bytes`
-            in a compressing format. Empty before the end of fit.
+            same shape, at `latency_input` (batch, sequence), None where there was no memory for that; `size_bytes` of
+            the weights and their `compressed_bytes` in a compressing format. Empty before the end of fit.
         """
         return self._report
 
@@ -216,14 +220,18 @@ class WeightPruning(AdaptiveCallback):
     def _measure(self, trainer: Any) -> dict[str, Any]:
         assert self._match is not None
         match, shape = self._match, self._shape
-        inputs = match.example_inputs(*shape)
-        dense = with_structure(Match(match.dense_twin(), match.family), structures.current(match))
-        masked = copy.deepcopy(dense)  # and not the model itself, which may carry hooks
-        masked.load_state_dict(match.model.state_dict())
-        times = cost.measure_latency({"masked": masked, "dense": dense}, inputs, copies=cost.COPIES)
+
+        def time() -> dict[str, float]:
+            dense = with_structure(Match(match.dense_twin(), match.family), structures.current(match))
+            masked = copy.deepcopy(dense)  # and not the model itself, which may carry hooks
+            masked.load_state_dict(match.model.state_dict())
+            models = {"masked": masked, "dense": dense}
+            return cost.measure_latency(models, match.example_inputs(*shape), copies=cost.COPIES)
+
+        times, _ = attempt(time, host_bytes=4 * weights_on_host(match.model))  # both, and a copy of each
         return {
             "zeros": zero_share(part.weight for part in masked_projections(match).values()),
-            "latency": times["masked"] / times["dense"],
+            "latency": None if times is None else times["masked"] / times["dense"],
             "latency_input": list(shape),
             **sizes_on_disk(match.model),
         }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from adaptrain.execution.split import BatchLayout
 from adaptrain.resources.heap import release_free_heap
@@ -75,6 +76,11 @@ def attempt(run: Callable[[], Any], *, host_bytes: int = 0) -> tuple[Any, str | 
         if not is_out_of_memory(error):
             raise
         return None, str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def weights_on_host(model: nn.Module) -> int:
+    """Returns the bytes of a model's weights; 0 where they lie on a device with memory of its own."""
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.device.type == "cpu")
 
 
 def release_memory() -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from adaptrain.errors import ConfigurationError
-from adaptrain.execution.oom import attempt, release_memory
+from adaptrain.execution.oom import attempt, release_memory, weights_on_host
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost_table import CostTable, measuring_twin, with_structure
@@ -94,7 +94,7 @@ class Pruner:
 
         if not self.measures:
             return build().state
-        table, lack = attempt(build, host_bytes=self._on_host(sum(p.nbytes for p in self.match.model.parameters())))
+        table, lack = attempt(build, host_bytes=weights_on_host(self.match.model))
         if table is None:
             raise ConfigurationError(
                 f"There is no memory to measure latency, for which a dense model is built beside yours: {lack}."
@@ -305,17 +305,14 @@ class Pruner:
     def _with_room(self, run: Callable[[], _Found]) -> tuple[_Found | None, str | None]:
         """Runs what measures this model beside the dense one; None where there is no memory for that, and why."""
         assert self.table is not None
-        table, item = self.table, next(self.match.model.parameters()).element_size()
-        here, fixed = table.total(structures.current_widths(self.match))["params"], table.state["fixed"]["params"]
+        dense, fixed = self.table.dense["params"], self.table.state["fixed"]["params"]
+        here = self.table.total(structures.current_widths(self.match))["params"]
         # Of both all but what they share with the model; where a limit depends on it, on a CPU a copy of each as well.
-        needed = (1 + self.measures) * item * round(table.dense["params"] + here - 2 * fixed)
-        found, lack = attempt(run, host_bytes=self._on_host(needed))
+        share = (1 + self.measures) * (dense + here - 2 * fixed) / here
+        found, lack = attempt(run, host_bytes=int(share * weights_on_host(self.match.model)))
         if lack is not None:
             release_memory()
         return found, lack
-
-    def _on_host(self, needed: int) -> int:
-        return needed if next(self.match.model.parameters()).device.type == "cpu" else 0
 
     def _inputs(self, match: Match) -> dict[str, Any]:
         assert self.table is not None

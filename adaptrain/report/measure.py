@@ -149,18 +149,18 @@ def summarize(
 
 
 def _measure(model: Any, shape: tuple[int, int]) -> dict[str, Any]:
-    from adaptrain.execution.oom import attempt
-    from adaptrain.pruning import cost  # here, so that reading a report does not import torch
+    from adaptrain.execution.oom import attempt, weights_on_host  # here: reading a report does not import torch
+    from adaptrain.pruning import cost
 
     inputs = cost.example_inputs(model, *shape)
-    size = cost.size_on_disk_bytes(model)
-    on_host = size if next(model.parameters()).device.type == "cpu" else 0
-    times, _ = attempt(lambda: cost.measure_latency({"final": model}, inputs, copies=cost.COPIES), host_bytes=on_host)
+    times, _ = attempt(
+        lambda: cost.measure_latency({"final": model}, inputs, copies=cost.COPIES), host_bytes=weights_on_host(model)
+    )
     return {
         "params": cost.count_params(model),
         "flops": cost.count_flops(model, inputs),
         "latency_ms": None if times is None else times["final"],
-        "size_bytes": size,
+        "size_bytes": cost.size_on_disk_bytes(model),
     }
 
 
@@ -202,7 +202,7 @@ def _beside(
 
 def _twin_costs(module: Any, final: Column) -> dict[str, Any] | None:
     """The costs of the dense model and the final model's latency beside it; None where no dense twin can be built."""
-    from adaptrain.execution.oom import attempt
+    from adaptrain.execution.oom import attempt, weights_on_host
     from adaptrain.pruning import cost, families
 
     try:
@@ -214,9 +214,7 @@ def _twin_costs(module: Any, final: Column) -> dict[str, Any] | None:
         models = {"dense": match.dense_twin(), "final": match.model}
         return cost.measure_latency(models, match.example_inputs(*final.latency_input), copies=cost.COPIES)
 
-    weights = sum(parameter.nbytes for parameter in match.model.parameters())
-    on_host = 3 * weights if next(match.model.parameters()).device.type == "cpu" else 0  # the twin, and copies of both
-    latency, _ = attempt(measure, host_bytes=on_host)
+    latency, _ = attempt(measure, host_bytes=3 * weights_on_host(match.model))  # the twin, and copies of both
     return latency and {
         "params": final.params,
         "flops": final.flops,

@@ -14,7 +14,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from adaptrain import ConfigurationError, CubicSchedule, Distillation, ProgressivePruning
+from adaptrain import (
+    AdaptiveCallback,
+    ConfigurationError,
+    CubicSchedule,
+    Distillation,
+    ProgressivePruning,
+    WeightPruning,
+)
 from adaptrain.callbacks.base import decision_log
 from adaptrain.execution.oom import attempt, release_memory
 from adaptrain.pruning.family import Match
@@ -23,7 +30,7 @@ from tests.toys import TextModule, quiet_trainer, text_loader, tiny_bert
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
 
 MIB = 2**20
-WEIGHTS = 64 * MIB  # of the model that trains, nearly all of them FFN neurons
+WEIGHTS = 48 * MIB  # of the model that trains, nearly all of them FFN neurons
 
 
 @contextlib.contextmanager
@@ -47,42 +54,40 @@ class Wide(TextModule):
 
 
 class Fills(pl.Callback):
-    """Something else takes the memory while the model trains, and leaves so much of it.
+    """Something else takes the memory at the end of some steps, and gives it back before the next one.
 
     Args:
-        step: After so many steps.
-        left: Bytes.
-        returns: Whether it gives them back before the next step.
+        left: Bytes that it leaves.
+        steps: After which steps.
     """
 
-    def __init__(self, step: int, left: int, *, returns: bool = False) -> None:
-        self.step, self.left, self.returns = step, left, returns
+    def __init__(self, left: int, *steps: int) -> None:
+        self.left, self.steps = left, steps
         self.taken = contextlib.ExitStack()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        if self.returns:
-            self.taken.close()
+        self.taken.close()
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.step:
+        if trainer.global_step in self.steps:
             self.taken.enter_context(room(self.left))
 
 
-def trained(tmp_path: Any, callback: ProgressivePruning, fills: Fills, *others: Any) -> pl.Trainer:
+def trained(tmp_path: Any, callback: AdaptiveCallback, fills: Fills, *others: Any) -> pl.Trainer:
     trainer = quiet_trainer(tmp_path, callbacks=[fills, callback, *others], max_epochs=2)
     with fills.taken:
         trainer.fit(Wide(), text_loader())
     return trainer
 
 
-SCHEDULE = CubicSchedule(begin=0.2, end=0.6, events=2)  # the last event comes after 8 of 12 steps
+SCHEDULE = CubicSchedule(begin=0.2, end=0.6, events=2)  # its events come after 3 and 8 of 12 steps
 
 
 def test_what_is_computed_needs_no_model_beside_and_the_report_does_without(tmp_path, caplog, monkeypatch) -> None:
     monkeypatch.setattr(Match, "dense_twin", lambda match: pytest.fail("built"))
     callback = ProgressivePruning(target={"params": 0.5}, schedule=SCHEDULE)
     with caplog.at_level(logging.WARNING):
-        trained(tmp_path, callback, Fills(12, WEIGHTS))
+        trained(tmp_path, callback, Fills(WEIGHTS, 12))
     report = callback.report()
     assert report["constraints"][0]["met"]
     assert 0.45 < report["final"]["params"] / report["dense"]["params"] <= 0.5
@@ -90,6 +95,16 @@ def test_what_is_computed_needs_no_model_beside_and_the_report_does_without(tmp_
     assert report["dense"]["size_bytes"] > WEIGHTS > report["final"]["size_bytes"]
     assert report["dense"]["flops"] > report["final"]["flops"]
     assert "no memory to measure the final model's latency (it takes 0." in caplog.text
+
+
+def test_zeros_are_reported_without_a_latency(tmp_path, caplog) -> None:
+    callback = WeightPruning(sparsity=0.5, schedule=SCHEDULE)
+    with caplog.at_level(logging.INFO):
+        trained(tmp_path, callback, Fills(2 * WEIGHTS, 12))
+    report = callback.report()
+    assert report["latency"] is None
+    assert report["zeros"] == pytest.approx(0.5, abs=0.01)
+    assert "a forward pass takes a time that there was no memory to measure" in caplog.text
 
 
 def test_latency_that_cannot_be_measured_is_refused_before_training(tmp_path) -> None:
@@ -101,7 +116,7 @@ def test_latency_that_cannot_be_measured_is_refused_before_training(tmp_path) ->
 def test_where_memory_is_gone_at_the_last_event_the_table_decides(tmp_path, caplog) -> None:
     callback = pruning_by_latency()
     with caplog.at_level(logging.WARNING):
-        trainer = trained(tmp_path, callback, Fills(7, 5 * WEIGHTS // 2))
+        trainer = trained(tmp_path, callback, Fills(WEIGHTS, 8, 12))
     first, last = [each for each in decision_log(trainer) if each.knob == "structure"]
     assert not last.readings["latency_measured"]
     assert last.readings["latency"] <= 0.5 < first.readings["latency"]
@@ -114,7 +129,7 @@ def test_where_memory_is_gone_at_the_last_event_the_table_decides(tmp_path, capl
 
 def test_without_memory_for_a_teacher_training_goes_on_without(tmp_path, caplog) -> None:
     teacher = Distillation()
-    fills = Fills(3, WEIGHTS // 2, returns=True)
+    fills = Fills(3 * WEIGHTS // 4, 3)
     with caplog.at_level(logging.WARNING):
         trainer = trained(tmp_path, ProgressivePruning(target={"params": 0.5}, schedule=SCHEDULE), fills, teacher)
     decisions = decision_log(trainer)
