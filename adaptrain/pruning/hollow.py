@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
+from adaptrain.resources.heap import LEAST_OUTSIDE, blocks_outside_of_heap
+
 
 def hollow(parameter: Tensor) -> nn.Parameter:
     """Returns a parameter of the same shape, dtype and device in the memory of one number, a zero."""
@@ -31,7 +33,8 @@ def hollow_model(build: Callable[[], nn.Module], *, like: nn.Parameter) -> nn.Mo
         like: Its device and dtype become those of the model.
     """
     try:
-        with _parameters_on_meta():
+        # Outside of the heap, so that each matrix goes back before the next one comes.
+        with _parameters_on_meta(), blocks_outside_of_heap(LEAST_OUTSIDE):
             model = build()
     except RuntimeError:  # its constructor reads the weights that it made
         model = build()
