@@ -38,12 +38,7 @@ def usual_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "repeats_for", _repeats_for)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:  # what is made once for a module, such as a run of two processes, is not made on each worker
-        fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
-        if any(found[-1].scope == "module" for found in fixtures):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if torch.cuda.is_available():
         return
     for item in items:
