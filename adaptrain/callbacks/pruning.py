@@ -280,10 +280,10 @@ class ProgressivePruning(AdaptiveCallback):
         """Returns what came of it, after fit.
 
         Returns:
-            `dense` and `final`, each with `params`, `flops`, `latency_ms` and `size_bytes`, latencies measured in
-            turns at the end of fit; in `dense` also `metrics` of the last validation before the first event, empty
-            where there was none, and its `step`. `latency_input`, `constraints` (each `name`, `limit`, `value`,
-            `met`) and the number of `events`. Empty without a target, and before the end of fit.
+            `dense` and `final`, each with `params`, `flops`, `latency_ms` (measured in turns at the end of fit, None
+            where there was no memory for that) and `size_bytes`; in `dense` also `metrics` of the last validation
+            before the first event, empty where there was none, and its `step`. `latency_input`, `constraints` (each
+            `name`, `limit`, `value`, `met`) and the number of `events`. Empty without a target, and before it ends.
         """
         return self._report
 
