@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytorch_lightning as pl
 import torch
 from torch import nn
+
+from adaptrain.execution.oom import release_memory
 
 MIB = 2**20
 BATCH, WIDTH = 16, 2048
@@ -158,6 +162,19 @@ def _own_groups() -> Iterator[Path]:
         for folder in (own, *own.parents):
             if folder.is_relative_to(mount) and folder.is_dir():
                 yield folder
+
+
+@contextlib.contextmanager
+def room(size: int) -> Iterator[None]:
+    """Leaves this process so many bytes of addresses, none of which new threads reserve for heaps of their own."""
+    ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
+    release_memory()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def keep_no_free_heap() -> None:

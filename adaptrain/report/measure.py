@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -14,6 +15,8 @@ from adaptrain.budget import FRACTIONS, Budget
 from adaptrain.decisions import Decision
 from adaptrain.errors import ConfigurationError
 from adaptrain.report.summary import Column, Constraint, Summary
+
+_log = logging.getLogger(__name__)
 
 GIB = 2**30
 # The step under way when the time is spent is finished and validated; that is no breach of the budget.
@@ -153,9 +156,11 @@ def _measure(model: Any, shape: tuple[int, int]) -> dict[str, Any]:
     from adaptrain.pruning import cost
 
     inputs = cost.example_inputs(model, *shape)
-    times, _ = attempt(
+    times, lack = attempt(
         lambda: cost.measure_latency({"final": model}, inputs, copies=cost.COPIES), host_bytes=weights_on_host(model)
     )
+    if times is None:
+        _log.warning("There is no memory to measure the final model's latency (%s): the report leaves it out.", lack)
     return {
         "params": cost.count_params(model),
         "flops": cost.count_flops(model, inputs),
@@ -214,7 +219,9 @@ def _twin_costs(module: Any, final: Column) -> dict[str, Any] | None:
         models = {"dense": match.dense_twin(), "final": match.model}
         return cost.measure_latency(models, match.example_inputs(*final.latency_input), copies=cost.COPIES)
 
-    latency, _ = attempt(measure, host_bytes=3 * weights_on_host(match.model))  # the twin, and copies of both
+    latency, lack = attempt(measure, host_bytes=3 * weights_on_host(match.model))  # the twin, and copies of both
+    if latency is None:
+        _log.warning("There is no memory to measure the baseline's latency anew (%s): it is as that run had it.", lack)
     return latency and {
         "params": final.params,
         "flops": final.flops,

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import resource
 import sys
-from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -24,28 +20,15 @@ from adaptrain import (
     WeightPruning,
 )
 from adaptrain.callbacks.base import decision_log
-from adaptrain.execution.oom import attempt, release_memory
+from adaptrain.execution.oom import attempt
 from adaptrain.pruning.family import Match
+from tests.memory import room
 from tests.toys import TextModule, quiet_trainer, text_loader, tiny_bert
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
 
 MIB = 2**20
-_ARENA_MAX = -8  # of mallopt
 WEIGHTS = 96 * MIB  # of the model that trains, nearly all of them FFN neurons
-
-
-@contextlib.contextmanager
-def room(size: int) -> Iterator[None]:
-    """Leaves this process so many bytes of addresses, none of which new threads reserve for heaps of their own."""
-    ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
-    release_memory()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 class Wide(TextModule):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 
 from adaptrain import Budget, ConfigurationError
 from adaptrain.report import Column, Summary, load_baseline, summarize
+from tests.memory import room
 from tests.report.samples import DECISIONS, decision, plain_summary, summary
 from tests.toys import TextModule, tiny_bert
 
@@ -150,6 +153,20 @@ def test_a_baseline_of_the_same_model_is_timed_again_beside_the_final_one() -> N
     assert seen.dense.latency_ms < 1e9
     assert seen.dense.flops == seen.final.flops
     assert seen.dense_source.startswith("baseline run runs/plain; its latency measured again here")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
+def test_what_finds_no_memory_to_be_measured_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    module = TextModule(tiny_bert(hidden=256, ffn=24_000))  # 96 MiB, and as much again for a copy to measure
+    params = sum(parameter.numel() for parameter in module.parameters())
+    recorded = Column(params=params, latency_ms=5.0, latency_input=(2, 8), metric=0.8)
+    with room(48 * 2**20), caplog.at_level(logging.WARNING):
+        seen = measured(module, baseline=plain_summary(final=recorded, run_dir="runs/plain"))
+    assert seen.final.latency_ms is None
+    assert seen.dense == recorded
+    assert seen.dense_source == "baseline run runs/plain; its latency is as that run measured it"
+    assert "no memory to measure the final model's latency (it takes 0.09 GiB" in caplog.text
+    assert "no memory to measure the baseline's latency anew (it takes 0.28 GiB" in caplog.text
 
 
 def test_a_baseline_beside_a_pruned_run_takes_the_costs_that_pruning_measured() -> None:
