@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, TypeVar
 
 from torch import nn
@@ -18,6 +17,7 @@ from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost_table import CostTable, measuring_twin, with_structure
 from adaptrain.pruning.family import Match
 from adaptrain.pruning.importance import Scores
+from adaptrain.pruning.latency_search import FITS, Candidate, LatencySearch
 from adaptrain.pruning.layers import solve_with_layers
 from adaptrain.pruning.plain import uniform_kinds, uniform_widths
 from adaptrain.pruning.solver import solve
@@ -28,15 +28,6 @@ _log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
 
 _ROOM = 1.1  # times a latency limit: what is left for the last event to cut by measurement, as far as the table tells
-_FITS = 0.97  # of a latency limit: a measurement above it may be one of a model that exceeds the limit
-_AIM = 0.95  # of a latency limit: between the two others
-_NEAR = 0.91  # of a latency limit: below it, more was cut than needed
-_SPREAD = 0.045  # standard deviation of one measured share of a limit, at least
-_LUCKY = 4  # measurements that may agree by chance: a candidate is chosen by more of them
-_UNDECIDED = 10  # measurements of a candidate, at most
-_CANDIDATES = 6  # structures that are measured before one is chosen, at most
-_CLOSE = 1.06  # an aim that fails over one that fits: what is between them is not worth another candidate
-_STRIDE = 0.75  # the most that one value, which may be off, moves the aim
 _MOST = 20  # measurements of the final model, where a limit seems not to be met
 _FEW = 2  # measurements of the final model, where no limit depends on them
 _SLOW = 1000.0  # milliseconds: a forward that takes longer is then timed once
@@ -154,8 +145,8 @@ class Pruner:
         """Returns the final structure, and its measured latency as a fraction of the dense model's.
 
         Where latency is limited, the candidate is measured against the dense model, and cut more or less until the
-        measured value is at the limit: what a table interpolates and adds up is not quite what a model takes. Each
-        candidate is measured until the mean tells whether it will do, so that none wins by one that was lucky.
+        measured value is at the limit: what a table interpolates and adds up is not quite what a model takes
+        (`LatencySearch`).
 
         Without memory for that, as a warning says, the table decides, and nothing is measured.
 
@@ -178,46 +169,28 @@ class Pruner:
     ) -> tuple[Structure, float | None]:
         assert self.table is not None
         repeats, twin = cost.repeats_for(self.table.dense["latency"]) // cost.COPIES, measuring_twin(self.match)
-        tried: list[tuple[float, float, Structure]] = []
-        aim, fits, fails = limits["latency"] * _AIM, 0.0, math.inf
-        for _ in range(_CANDIDATES):
-            candidate = self._solve(structure, scores, {**limits, "latency": aim})
-            model, measured = with_structure(twin, candidate), []
-            while len(measured) < _UNDECIDED and not self._decided(measured):
-                measured.append(self._beside(twin, model, repeats))
-            times = _mean(measured)
-            used = self._used(times)
-            tried.append((used, times["final"] / times["dense"], candidate))
-            if _NEAR <= used <= _FITS or (used <= _FITS and candidate == structure):
-                break
-            fits, fails = (max(fits, aim), fails) if used <= _FITS else (fits, min(fails, aim))
-            if fails < _CLOSE * fits:
-                break
-            aim *= min(1 / _STRIDE, max(_STRIDE, _AIM / used))
-            if not fits < aim < fails:
-                aim = math.sqrt(fits * fails)
-        # Of those that fit the slowest, which kept the most; where none fits, the fastest.
-        fitting = [entry for entry in tried if entry[0] <= _FITS]
-        _, latency, chosen = (
-            max(fitting, key=lambda entry: entry[0]) if fitting else min(tried, key=lambda entry: entry[0])
-        )
-        return chosen, latency
+        search, tried, last = LatencySearch(), dict[Candidate, tuple[Structure, float]](), structure
+        while (aim := search.next_aim()) is not None:
+            wanted = self._solve(structure, scores, {**limits, "latency": aim * limits["latency"]})
+            total = self.table.total(structures.widths(wanted))["latency"]
+            candidate = search.add(aim, self._used({"final": total, "dense": self.table.dense["latency"]}))
+            model, times = with_structure(twin, wanted), []
+            while not search.is_decided(candidate):
+                times.append(self._beside(twin, model, repeats))
+                candidate.measured.append(self._used(times[-1]))
+            mean = _mean(times)
+            tried[candidate] = wanted, mean["final"] / mean["dense"]
+            if wanted == last and search.used(candidate) <= FITS:
+                break  # there is no slower one, or another limit binds
+            last = wanted
+        best = search.best()
+        chosen, latency = tried[best]
+        return chosen, latency * search.used(best) / fmean(best.measured)  # with what others tell of it
 
     def _beside(self, twin: Match, final: nn.Module, repeats: int) -> dict[str, float]:
         """Returns milliseconds, in turns, of copies of the dense twin and of another model."""
         models = {"dense": twin.model, "final": final}
         return cost.measure_latency(models, self._inputs(twin), repeats=repeats, copies=1)
-
-    def _decided(self, measured: Sequence[Mapping[str, float]]) -> bool:
-        """Whether measurements of a candidate tell by two standard errors that it will do, or that it will not."""
-        if not measured:
-            return False
-        used, spread = self._used(_mean(measured)), _SPREAD
-        if len(measured) > 2:
-            spread = max(spread, stdev(self._used(each) for each in measured))
-        doubt = 2 * spread / math.sqrt(len(measured))
-        will_do = len(measured) > _LUCKY and _NEAR <= used <= 1 - doubt
-        return will_do or used < _NEAR - doubt or used > _FITS + doubt
 
     def _used(self, times: Mapping[str, float]) -> float:
         """Returns the largest share of a latency limit that is used."""
