@@ -14,6 +14,7 @@ from adaptrain.callbacks.after_training import validate_again
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.callbacks.family_recovery import check_recovery, describe_recovery, recover
 from adaptrain.errors import ConfigurationError
+from adaptrain.execution.oom import attempt, release_memory
 from adaptrain.family import samples
 from adaptrain.family.about import describe, find_tokenizer, read_shapes, with_single
 from adaptrain.family.measure import measure_costs, shape_key
@@ -250,16 +251,28 @@ class FamilyCheckpoint(AdaptiveCallback):
         if not missing:
             return
         _log.info("Measuring the %d members of the family.", len(members))
-        loaded: dict[Any, Any] = {}
-        models = {
-            member["name"]: store.rebuild(member, device=device, build=self._build(member), loaded=loaded)
-            for member in members
-        }
-        for shape in missing:
-            found = measure_costs(models, shape)
-            for member in members:
-                member["costs"].setdefault(name, {})[shape_key(shape)] = found[member["name"]]
+
+        def measure() -> dict[str, Any]:
+            loaded: dict[Any, Any] = {}
+            models = {
+                member["name"]: store.rebuild(member, device=device, build=self._build(member), loaded=loaded)
+                for member in members
+            }
+            return {shape_key(shape): measure_costs(models, shape) for shape in missing}
+
+        copies = sum(member["size_bytes"] for member in members) if device.type == "cpu" else 0
+        found, lack = attempt(measure, host_bytes=copies)
+        if found is None:
+            release_memory()
+            _log.warning(
+                "There is no memory to measure the members of the family side by side (%s): ModelFamily does so when it"
+                " is asked.",
+                lack,
+            )
+            return
         for member in members:
+            costs = {key: each[member["name"]] for key, each in found.items()}
+            member["costs"].setdefault(name, {}).update(costs)
             store.update(member["name"], costs=member["costs"])
 
     def _keep_samples(self, trainer: Any, store: FamilyStore) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
+from torch import Tensor, nn
+
 from adaptrain import _lightning
 from adaptrain._lightning.structure import before_hook, forget_compiled
 from adaptrain.callbacks.after_training import validate_again
@@ -23,6 +26,7 @@ from adaptrain.compression.quantization import (
     save_quantized,
 )
 from adaptrain.errors import ConfigurationError
+from adaptrain.execution.oom import attempt, release_memory, weights_on_host
 from adaptrain.family.about import find_tokenizer
 from adaptrain.family.metric import choose_metric
 from adaptrain.policies.learning_rate.build import metric_mode
@@ -41,7 +45,8 @@ class Quantization(AdaptiveCallback):
     After fit, and after the structure was cut where `ProgressivePruning` is on, copies of the model in lower precision
     are timed on the training device beside it, and validated as the module validates itself. The best of those that
     lose little enough is written to `quantized/` in the run's folder, where `adaptrain.compression.load_quantized`
-    reads it. The trained module stays in full precision. See `adaptrain.compression.quantize` for what the methods buy.
+    reads it; without memory for that there is none, as a warning says. The trained module stays in full precision. See
+    `adaptrain.compression.quantize` for what the methods buy.
 
     With `aware_from` the last part of training is quantization-aware: the model computes with weights rounded as they
     will be held, in validation too, so that what rounding costs can be trained away (`adaptrain.compression.aware`).
@@ -63,7 +68,7 @@ class Quantization(AdaptiveCallback):
 
     Raises:
         ConfigurationError: An argument is out of its range; or, before training, the model is of no known family, or is
-            the LightningModule itself.
+            the LightningModule itself, or the method does not run on the device.
     """
 
     def __init__(
@@ -125,9 +130,14 @@ class Quantization(AdaptiveCallback):
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Finds the shape to measure at; refuses a run of unknown length where rounded weights begin along it."""
+        """Finds the shape to measure at; refuses a method that does not run here, and a run of unknown length.
+
+        The latter where rounded weights begin along it.
+        """
         if self.aware_from is not None:
             _lightning.refuse_endless(trainer, user=type(self).__name__)
+        if self.method != "auto":
+            _try_out(self.method, next(pl_module.parameters()))
         self._shape = self.latency_input or typical_shape(trainer.train_dataloader)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -181,16 +191,29 @@ class Quantization(AdaptiveCallback):
             with _in_place_of(match.model, model, pl_module):
                 return validate_again(trainer, pl_module)[chosen[0]]
 
-        quantized = quantize(
-            match.model,
-            self.method,
-            example_inputs=match.example_inputs(*shape),
-            evaluate=metric_of if chosen else None,
-            mode=chosen[1] if chosen else "max",
-            max_metric_drop=self.max_metric_drop,
-            minimize=self.minimize,
-            candidates=self.candidates,
-        )
+        def choose() -> Quantized:
+            return quantize(
+                match.model,
+                self.method,
+                example_inputs=match.example_inputs(*shape),
+                evaluate=metric_of if chosen else None,
+                mode=chosen[1] if chosen else "max",
+                max_metric_drop=self.max_metric_drop,
+                minimize=self.minimize,
+                candidates=self.candidates,
+            )
+
+        # A copy as it is, and one more that is rounded or timed.
+        quantized, lack = attempt(choose, host_bytes=2 * weights_on_host(match.model))
+        lost = _lightning.all_reduce([float(quantized is None)], op="max", device=pl_module.device)[0]
+        if quantized is None or lost:
+            release_memory()
+            _log.warning(
+                "There is no memory to hold and measure the model in lower precision (%s), so there is no such copy."
+                " adaptrain.compression.quantize makes one of a trained model.",
+                lack or "on another rank",
+            )
+            return
         # Ranks measure other times, and one of them decides; each has built the same models.
         method, trials = _lightning.broadcast(trainer, (quantized.method, [vars(t) for t in quantized.trials]))
         self._trials = tuple(Trial(**trial) for trial in trials)
@@ -222,6 +245,17 @@ class Quantization(AdaptiveCallback):
             readings={trial.method: trial.latency_ms for trial in self._trials},
             offer=False,
         )
+
+
+def _try_out(method: str, like: Tensor) -> None:
+    """Refuses a method that does not run on a device, as two small layers tell that are rounded there.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    with torch.random.fork_rng(devices=[]):
+        layers = nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 64)).to(like.device, like.dtype)
+    quantize(layers, method, example_inputs={"input": torch.zeros(1, 4, dtype=torch.long, device=like.device)})
 
 
 def _check_aware(aware_from: Any, method: str) -> None:

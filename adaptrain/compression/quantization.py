@@ -19,6 +19,7 @@ from adaptrain.compression import ao, int4, int8, structured
 from adaptrain.compression.ao import AO_METHODS
 from adaptrain.compression.layers import convert
 from adaptrain.errors import ConfigurationError
+from adaptrain.execution.oom import is_out_of_memory
 from adaptrain.pruning import cost
 from adaptrain.pruning.families import find_family
 
@@ -144,6 +145,8 @@ def quantize(
             _try_out(built[name], example_inputs)
         except Exception as error:  # whatever a kernel that is not there makes torch raise
             if method != "auto":
+                if is_out_of_memory(error):
+                    raise
                 raise ConfigurationError(f"method={method!r} does not run here: {_first_line(error)}") from error
             refused[name] = _first_line(error)
             built.pop(name, None)

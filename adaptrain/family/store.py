@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,7 @@ class FamilyStore:
             weights[name] = known[digest]
         if new:
             partial = self.folder / f"{file}.partial"
-            save_file({name: tensor.clone() for name, tensor in new.items()}, str(partial), metadata={"format": "pt"})
+            save_file(_apart(new), str(partial), metadata={"format": "pt"})
             partial.chmod(self.folder.stat().st_mode & 0o666)  # safetensors lets the owner alone read it
             partial.replace(self.folder / file)
         return weights
@@ -248,6 +249,15 @@ def _hash(tensor: Tensor) -> str:
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=16)
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies what shares memory with another, which safetensors refuses; a copy of everything might not fit."""
+    held = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return {
+        name: tensor.clone() if held[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _is_beginning(part: Tensor, whole: Tensor) -> bool:

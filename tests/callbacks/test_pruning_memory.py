@@ -16,11 +16,15 @@ from adaptrain import (
     ConfigurationError,
     CubicSchedule,
     Distillation,
+    FamilyCheckpoint,
+    ModelFamily,
     ProgressivePruning,
+    Quantization,
     WeightPruning,
 )
 from adaptrain.callbacks.base import decision_log
 from adaptrain.execution.oom import attempt
+from adaptrain.pruning import cost
 from adaptrain.pruning.family import Match
 from tests.memory import room
 from tests.toys import TextModule, quiet_trainer, text_loader, tiny_bert
@@ -91,6 +95,51 @@ def test_zeros_are_reported_without_a_latency(tmp_path, caplog) -> None:
     assert report["latency"] is None
     assert report["zeros"] == pytest.approx(0.5, abs=0.01)
     assert "a forward pass takes a time that there was no memory to measure" in caplog.text
+
+
+class Cramped(FamilyCheckpoint):
+    """Something else takes the memory while members are measured."""
+
+    def _measure(self, trainer: Any, store: Any) -> None:
+        with room(WEIGHTS // 6):
+            super()._measure(trainer, store)
+
+
+def test_a_family_without_memory_to_be_measured_side_by_side_is_measured_when_that_is_asked(tmp_path, caplog) -> None:
+    pruning = ProgressivePruning(target={"params": 0.5}, schedule=SCHEDULE)
+    with caplog.at_level(logging.WARNING):
+        trained(tmp_path, pruning, Fills(0), Cramped(latency_input=(1, 4)), size=WEIGHTS // 3)
+    assert "no memory to measure the members of the family side by side (it takes 0.0" in caplog.text
+    family = ModelFamily.load(tmp_path)
+    assert [member.name for member in family] == ["dense", "pruned-1", "final"]
+    assert not any(member.costs for member in family)
+    assert all(found["latency_ms"] > 0 for found in family.measure().values())
+
+
+def test_without_memory_for_lower_precision_the_run_ends_without(tmp_path, caplog) -> None:
+    lowers = Quantization(method="bf16", latency_input=(1, 4))
+    with caplog.at_level(logging.WARNING):
+        trained(tmp_path, lowers, Fills(WEIGHTS // 4, 6), size=WEIGHTS // 3)
+    assert "no memory to hold and measure the model in lower precision (it takes 0.0" in caplog.text
+    assert lowers.report() == []
+    assert not (tmp_path / "quantized").exists()
+
+
+def test_memory_that_runs_out_while_lower_precision_is_measured_leaves_none(tmp_path, caplog, monkeypatch) -> None:
+    measure = cost.measure_latency
+
+    def cramped(*args: Any, **kwargs: Any) -> Any:
+        with room(WEIGHTS // 12):
+            return measure(*args, **kwargs)
+
+    monkeypatch.setattr(cost, "measure_latency", cramped)
+    lowers = Quantization(method="bf16", latency_input=(1, 4))
+    with caplog.at_level(logging.WARNING):
+        trained(tmp_path, lowers, Fills(0), size=WEIGHTS // 3)
+    assert "no memory to hold and measure the model in lower precision (" in caplog.text
+    assert "it takes" not in caplog.text  # it was tried
+    assert lowers.report() == []
+    assert not (tmp_path / "quantized").exists()
 
 
 def test_latency_that_cannot_be_measured_is_refused_before_training(tmp_path) -> None:

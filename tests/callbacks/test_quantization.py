@@ -55,6 +55,26 @@ def test_a_run_leaves_a_copy_in_lower_precision(tmp_path) -> None:
     assert [trial["method"] for trial in callback.report()] == ["none", "int8_dynamic"]
 
 
+def test_a_method_that_does_not_run_here_is_refused_before_training(tmp_path, monkeypatch) -> None:
+    def no_kernel(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("no kernel for this device")
+
+    monkeypatch.setattr(Int8Linear, "forward", no_kernel)
+    module = Judged()
+    with pytest.raises(ConfigurationError, match="'int8_weight' does not run here: NotImplementedError: no kernel"):
+        run(tmp_path, Quantization(method="int8_weight"), module)
+    assert not module.losses
+    run(tmp_path, Quantization(), module)  # of several, it is one that is left out
+    assert module.losses
+
+
+@pytest.mark.parametrize("method", ["bf16", "int8_dynamic", "int8_weight", "int4_weight"])
+def test_training_is_as_without_it(tmp_path, method) -> None:
+    _, plain = run(tmp_path, pl.Callback())
+    _, module = run(tmp_path, Quantization(method=method))
+    assert torch.equal(weights(module), weights(plain))
+
+
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 @pytest.mark.parametrize("method", ["bf16", "int8_dynamic", "int8_weight", "int4_weight"])
 def test_what_is_validated_in_another_precision_is_saved_as_it_was_made(tmp_path, precision, method) -> None:
