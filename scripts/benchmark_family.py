@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=1e-4, help="peak of the schedule (1e-4)")
     parser.add_argument("--schedule", default="linear", help="of the rate: linear, wsd, cosine, constant (linear)")
     parser.add_argument("--recovery-steps", type=int, default=60, help="of each member but the best (60)")
+    parser.add_argument("--untaught", action="store_true", help="members recover without a teacher")
     parser.add_argument(
         "--smallest", type=float, default=0.28, help="latency that the family ends at, as a fraction (0.28)"
     )
@@ -69,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name: getattr(args, name)
         for name in ("epochs", "limit", "batch_size", "lr", "threads", "precision", "micro_batch_size", "schedule")
     }
-    family = {"recovery_steps": args.recovery_steps, "smallest": args.smallest, "adapters": args.adapters}
+    recovery = {"recovery_steps": args.recovery_steps, "recovery_teacher": None if args.untaught else "best"}
+    family = {"recovery": recovery, "smallest": args.smallest, "adapters": args.adapters}
     rows = load_results(args.json, settings | family)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # heard by the processes started below
     for seed in args.seeds:

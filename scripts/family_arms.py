@@ -37,15 +37,15 @@ ADAPTERS_RATE = 10.0  # of the rate: adapters want a higher one (Hu et al. 2021)
 
 
 def run(
-    part: str, arm: str | None, job: Job, *, recovery_steps: int, smallest: float, adapters: float
+    part: str, arm: str | None, job: Job, *, recovery: dict[str, Any], smallest: float, adapters: float
 ) -> list[dict[str, Any]]:
     """Runs one part, or the arm of it that has a process of its own, with one seed and returns its rows."""
     be_quiet(job.threads)
     with tempfile.TemporaryDirectory() as folder:
         rows = {
-            "family": lambda: _family(job, Path(folder), recovery_steps, smallest),
-            "cascade": lambda: _cascade(job, Path(folder), recovery_steps, smallest),
-            "elastic": lambda: _elastic(job, Path(folder), recovery_steps, smallest),
+            "family": lambda: _family(job, Path(folder), recovery, smallest),
+            "cascade": lambda: _cascade(job, Path(folder), recovery, smallest),
+            "elastic": lambda: _elastic(job, Path(folder), recovery, smallest),
             "soup": lambda: _soup(job, folder),
             "freezing": lambda: [_freezing(job, str(arm), folder)],
             "aware": lambda: _aware(job, folder),
@@ -77,7 +77,7 @@ class Progressive:
         ]
 
 
-def _progressive(job: Job, folder: Path, recovery_steps: int, smallest: float) -> Progressive:
+def _progressive(job: Job, folder: Path, recovery: dict[str, Any], smallest: float) -> Progressive:
     data, module = prepare(job)
     dense = find_family(module).dense_twin()
     shape = typical_shape(data.train_dataloader())
@@ -86,7 +86,7 @@ def _progressive(job: Job, folder: Path, recovery_steps: int, smallest: float) -
         latency_input=shape,
         schedule=adaptrain.CubicSchedule(begin=0.3, end=0.7, events=EVENTS),
     )
-    keep = adaptrain.FamilyCheckpoint(latency_input=shape, recovery_steps=recovery_steps)
+    keep = adaptrain.FamilyCheckpoint(latency_input=shape, **recovery)
     trainer = make_trainer(job, [pruning, keep], str(folder))
     began = time.perf_counter()
     pl.seed_everything(job.seed, verbose=False)
@@ -100,9 +100,9 @@ def _smaller(rows: list[dict[str, Any]]) -> list[float]:
     return [row["latency"] for row in rows if row["latency"] < 0.95]
 
 
-def _family(job: Job, folder: Path, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:
+def _family(job: Job, folder: Path, recovery: dict[str, Any], smallest: float) -> list[dict[str, Any]]:
     """One run and its members, a cascade and lower precision of them, and as many separate runs in the same time."""
-    run = _progressive(job, folder, recovery_steps, smallest)
+    run = _progressive(job, folder, recovery, smallest)
     rows = run.rows()
     levels = _smaller(rows)
     rows += _cascades(run.family, run.data)
@@ -112,15 +112,15 @@ def _family(job: Job, folder: Path, recovery_steps: int, smallest: float) -> lis
     return rows
 
 
-def _cascade(job: Job, folder: Path, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:
+def _cascade(job: Job, folder: Path, recovery: dict[str, Any], smallest: float) -> list[dict[str, Any]]:
     """One run and its members, and a cascade of them."""
-    run = _progressive(job, folder, recovery_steps, smallest)
+    run = _progressive(job, folder, recovery, smallest)
     return run.rows() + _cascades(run.family, run.data)
 
 
-def _elastic(job: Job, folder: Path, recovery_steps: int, smallest: float) -> list[dict[str, Any]]:
+def _elastic(job: Job, folder: Path, recovery: dict[str, Any], smallest: float) -> list[dict[str, Any]]:
     """One run and its members, and networks of their latencies inside of one in the same wall time."""
-    run = _progressive(job, folder, recovery_steps, smallest)
+    run = _progressive(job, folder, recovery, smallest)
     rows = run.rows()
     return rows + _inside(job, folder / "elastic", _smaller(rows), run.wall, run.shape)
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from adaptrain import _lightning
 from adaptrain._lightning.structure import forget_compiled
@@ -55,9 +55,11 @@ class FamilyCheckpoint(AdaptiveCallback):
         monitor: The validation metric that ranks the members; None: an accuracy or its like, else the perplexity, else
             the loss, whichever the module logs.
         mode: Whether a lower (`"min"`) or higher (`"max"`) `monitor` is better; `"auto"`: told by its name.
-        recovery_steps: More optimizer steps for every member but the best, after training, taught by the best one
-            (`Distillation`), with the module's own optimizer and a whole schedule of that length: members of early
-            events have seen only part of training. What is no better is not kept; 0: none. In one process only.
+        recovery_steps: More optimizer steps for every member but the best, after training, with the module's own
+            optimizer and a whole schedule of that length: members of early events have seen only part of training.
+            What is no better is not kept; 0: none. In one process only.
+        recovery_teacher: `"best"`: the best member teaches the others meanwhile (`Distillation`). None: they learn by
+            the task alone, so that they err elsewhere than the best, which a cascade lives by.
         validation_samples: How many validation samples to keep with the family, tokens and labels, so that a cascade
             can be chosen on them later; of classifiers only, 0: none.
         folder: Where the members go; None: `family` in the run's folder.
@@ -76,6 +78,7 @@ class FamilyCheckpoint(AdaptiveCallback):
         monitor: str | None = None,
         mode: str = "auto",
         recovery_steps: int = 0,
+        recovery_teacher: Literal["best"] | None = "best",
         validation_samples: int = 2000,
         folder: str | os.PathLike[str] | None = None,
         dry_run: bool = False,
@@ -90,7 +93,10 @@ class FamilyCheckpoint(AdaptiveCallback):
         for argument, value in (("recovery_steps", recovery_steps), ("validation_samples", validation_samples)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigurationError(f"{argument} must be a whole number of at least 0, got {value!r}.")
+        if recovery_teacher not in ("best", None):
+            raise ConfigurationError(f"recovery_teacher must be 'best' or None, got {recovery_teacher!r}.")
         self.recovery_steps = recovery_steps
+        self.recovery_teacher = recovery_teacher
         self.validation_samples = validation_samples
         self.monitor = monitor
         self.mode = metric_mode(monitor, callback="FamilyCheckpoint") if monitor and mode == "auto" else mode
@@ -116,7 +122,7 @@ class FamilyCheckpoint(AdaptiveCallback):
         for shape in (self.latency_input or {}).values():
             self._match.example_inputs(*shape)
         if self.recovery_steps:
-            check_recovery(trainer, pl_module)
+            check_recovery(trainer, pl_module, taught=self.recovery_teacher is not None)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Makes the family's folder, or goes on with that of the run that is resumed."""
@@ -217,6 +223,7 @@ class FamilyCheckpoint(AdaptiveCallback):
                     pl_module,
                     store,
                     steps=self.recovery_steps,
+                    taught=self.recovery_teacher is not None,
                     become=lambda member: self._become(pl_module, store, member),
                     rebuild=lambda member: store.rebuild(member, build=self._build(member)),
                 )

@@ -1,4 +1,4 @@
-"""Finishes the training of a family's members: a few more steps each, taught by the best of them."""
+"""Finishes the training of a family's members: more steps each, taught by the best of them where that is asked for."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ _log = logging.getLogger(__name__)
 FOLDER = "recovery"  # in a family's folder: what the callbacks decided meanwhile
 
 
-def check_recovery(trainer: Any, pl_module: Any) -> None:
-    """Refuses, before training, what cannot be trained once more with a teacher.
+def check_recovery(trainer: Any, pl_module: Any, *, taught: bool) -> None:
+    """Refuses, before training, what cannot be trained once more.
 
     Raises:
-        ConfigurationError: There are several ranks, or the model has no logits to teach.
+        ConfigurationError: There are several ranks, or the model is to be taught and has no logits.
     """
     if trainer.world_size > 1:
         raise ConfigurationError(
             f"FamilyCheckpoint(recovery_steps=...) trains in one process, but there are {trainer.world_size}. Set"
             " devices=1, or recovery_steps=0."
         )
-    Distillation().check(trainer, pl_module)
+    if taught:
+        Distillation().check(trainer, pl_module)
 
 
 def recover(
@@ -43,10 +44,11 @@ def recover(
     store: FamilyStore,
     *,
     steps: int,
+    taught: bool,
     become: Callable[[dict[str, Any]], None],
     rebuild: Callable[[dict[str, Any]], nn.Module],
 ) -> None:
-    """Trains every member but the best for some steps with the best one's help, and keeps what got better.
+    """Trains every member but the best for some steps, and keeps what got better.
 
     The larger come first: one that becomes better than the best so far teaches those that follow. A member's training
     is the module's own, with a whole schedule of `steps`; what is done is noted at once, so that a run that is killed
@@ -57,6 +59,7 @@ def recover(
         pl_module: Its module, which is left with another member's structure and weights.
         store: The family, its members validated.
         steps: Optimizer steps for each.
+        taught: Whether the best one teaches them.
         become: Gives the live module a member's structure and weights.
         rebuild: Returns a member's model.
     """
@@ -76,28 +79,29 @@ def recover(
         try:
             become(member)
             began = time.monotonic()
-            _train(trainer, pl_module, rebuild(best), steps, store.folder / FOLDER / name)
+            _train(trainer, pl_module, rebuild(best) if taught else None, steps, store.folder / FOLDER / name)
             seconds = time.monotonic() - began
             became = finite(validate_again(trainer, pl_module))
         except Exception as error:  # the user's own hooks may fail in a second trainer; training itself was fine
             _log.warning("The member %r could not be recovered: %s: %s", name, type(error).__name__, error)
         after = None if became is None else became.get(metric)
         better = is_better(after, before, mode)
-        note = {"steps": steps, "seconds": seconds, "teacher": best["name"], "before": before, "after": after}
+        teacher = best["name"] if taught else None
+        note = {"steps": steps, "seconds": seconds, "teacher": teacher, "before": before, "after": after}
         if better:
             store.replace_weights(name, find_family(pl_module), metrics=became, recovery=note | {"kept": True})
         else:
             store.update(name, recovery=note | {"kept": False})
         _log.info(
-            "Member %s: %d steps taught by %s, %.0f s, %s %.4g → %s%s.",
-            *(name, steps, best["name"], seconds, metric, before),
+            "Member %s: %d steps%s, %.0f s, %s %.4g → %s%s.",
+            *(name, steps, _taught_by(teacher), seconds, metric, before),
             "unknown" if after is None else f"{after:.4g}",
             "" if better else ", not kept",
         )
 
 
-def _train(trainer: Any, pl_module: Any, teacher: nn.Module, steps: int, folder: Path) -> None:
-    callbacks = [*controllers_like(trainer), Distillation(teacher=teacher)]
+def _train(trainer: Any, pl_module: Any, teacher: nn.Module | None, steps: int, folder: Path) -> None:
+    callbacks = [*controllers_like(trainer), *([] if teacher is None else [Distillation(teacher=teacher)])]
     data = trainer.datamodule
     loader = trainer.train_dataloader
     settings = {
@@ -132,5 +136,10 @@ def describe_recovery(member: dict[str, Any], metric: str) -> tuple[float, float
     note = member["recovery"]
     after = note["after"] if note["kept"] else note["before"]
     verdict = "kept" if note["kept"] else "thrown away, as it was no better"
-    reason = f"{note['steps']} more steps of member {member['name']!r}, taught by {note['teacher']!r}, were {verdict}"
+    taught = _taught_by(note["teacher"])
+    reason = f"{note['steps']} more steps of member {member['name']!r}{taught}{',' if taught else ''} were {verdict}"
     return note["before"], after, f"{reason} ({metric})"
+
+
+def _taught_by(teacher: str | None) -> str:
+    return "" if teacher is None else f", taught by {teacher!r}"

@@ -212,6 +212,17 @@ def test_members_are_taught_by_the_best_and_keep_what_is_better(run, tmp_path):
     assert any("were kept" in decision.reason for decision in recovered)
 
 
+def test_members_may_learn_without_a_teacher(run, tmp_path):
+    callback = FamilyCheckpoint(recovery_steps=12, recovery_teacher=None)
+    trainer, module = fit_family(tmp_path, [callback, pruning()], module=Fewer())
+    assert torch.equal(weights(module), weights(run[1]))
+    before, after = ModelFamily.load(run[0]), ModelFamily.load(tmp_path)
+    first = next(decision for decision in decision_log(trainer) if decision.knob == "recovery")
+    assert first.reason.startswith("12 more steps of member 'dense' were kept")
+    assert after["dense"].metric == pytest.approx(first.new)
+    assert not torch.equal(weights(after["dense"].model()), weights(before["dense"].model()))
+
+
 def test_recovery_does_not_move_the_place_in_the_data(tmp_path):
     places = []
 
@@ -272,6 +283,7 @@ def test_what_cannot_be_taught_is_refused_before_training(tmp_path):
     model.config.problem_type = "regression"
     with pytest.raises(ConfigurationError, match="trained for regression"):
         fit_family(tmp_path, [FamilyCheckpoint(recovery_steps=4)], module=RankedModule(model))
+    family_recovery.check_recovery(quiet_trainer(tmp_path), RankedModule(model), taught=False)
 
 
 def test_a_recovery_that_fails_costs_nothing_but_itself(run, tmp_path, caplog):

@@ -183,6 +183,7 @@ SETTINGS = {
                 ({"monitor": "val/something"}, "val/something"),
                 ({"mode": "best"}, "mode"),
                 ({"recovery_steps": 1.5}, "recovery_steps"),
+                ({"recovery_teacher": "final"}, "recovery_teacher"),
                 ({"validation_samples": -1}, "validation_samples"),
             ),
             frozenset({"family"}),
