@@ -14,11 +14,11 @@ from adaptrain.callbacks.after_training import validate_again
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.callbacks.family_recovery import check_recovery, describe_recovery, recover
 from adaptrain.errors import ConfigurationError
-from adaptrain.execution.oom import attempt, release_memory
+from adaptrain.execution.oom import attempt
 from adaptrain.family import samples
 from adaptrain.family.about import describe, find_tokenizer, read_shapes, with_single
-from adaptrain.family.measure import measure_costs, shape_key
 from adaptrain.family.metric import choose_metric, finite
+from adaptrain.family.model_family import ModelFamily
 from adaptrain.family.store import FOLDER, TOKENIZER, FamilyStore
 from adaptrain.policies.learning_rate.build import metric_mode
 from adaptrain.pruning import structure as structures
@@ -28,7 +28,6 @@ from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import Match
 from adaptrain.pruning.shape import typical_shape
 from adaptrain.pruning.surgery import resize
-from adaptrain.resources.device import device_name
 
 _log = logging.getLogger(__name__)
 
@@ -223,9 +222,10 @@ class FamilyCheckpoint(AdaptiveCallback):
                     pl_module,
                     store,
                     steps=self.recovery_steps,
-                    taught=self.recovery_teacher is not None,
                     become=lambda member: self._become(pl_module, store, member),
-                    rebuild=lambda member: store.rebuild(member, build=self._build(member)),
+                    teacher=None
+                    if self.recovery_teacher is None
+                    else lambda member: store.rebuild(member, build=self._build(member)),
                 )
         for member in store.members() if self.recovery_steps else []:
             if "recovery" in member:
@@ -251,36 +251,21 @@ class FamilyCheckpoint(AdaptiveCallback):
 
     def _measure(self, trainer: Any, store: FamilyStore) -> None:
         """Measures all members side by side, where one has not been measured here."""
-        device = trainer.strategy.root_device
-        shapes = [(batch, length) for batch, length in store.about()["shapes"].values()]
-        members, name = store.members(), device_name(device)
-        missing = [shape for shape in shapes if any(shape_key(shape) not in m["costs"].get(name, {}) for m in members)]
-        if not missing:
-            return
-        _log.info("Measuring the %d members of the family.", len(members))
+        known, device = store.members(), trainer.strategy.root_device
 
-        def measure() -> dict[str, Any]:
-            loaded: dict[Any, Any] = {}
-            models = {
-                member["name"]: store.rebuild(member, device=device, build=self._build(member), loaded=loaded)
-                for member in members
-            }
-            return {shape_key(shape): measure_costs(models, shape) for shape in missing}
+        def measure() -> None:
+            family = ModelFamily(store, device=device, build=self._build(known[0]))
+            for batch, length in family.shapes.values():
+                family.measure(batch_size=batch, sequence_length=length)
 
-        copies = sum(member["size_bytes"] for member in members) if device.type == "cpu" else 0
-        found, lack = attempt(measure, host_bytes=copies)
-        if found is None:
-            release_memory()
+        copies = sum(member["size_bytes"] for member in known) if device.type == "cpu" else 0
+        _, lack = attempt(measure, host_bytes=copies)
+        if lack is not None:
             _log.warning(
                 "There is no memory to measure the members of the family side by side (%s): ModelFamily does so when it"
                 " is asked.",
                 lack,
             )
-            return
-        for member in members:
-            costs = {key: each[member["name"]] for key, each in found.items()}
-            member["costs"].setdefault(name, {}).update(costs)
-            store.update(member["name"], costs=member["costs"])
 
     def _keep_samples(self, trainer: Any, store: FamilyStore) -> None:
         loaders = trainer.val_dataloaders

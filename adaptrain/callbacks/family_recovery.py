@@ -44,9 +44,8 @@ def recover(
     store: FamilyStore,
     *,
     steps: int,
-    taught: bool,
     become: Callable[[dict[str, Any]], None],
-    rebuild: Callable[[dict[str, Any]], nn.Module],
+    teacher: Callable[[dict[str, Any]], nn.Module] | None,
 ) -> None:
     """Trains every member but the best for some steps, and keeps what got better.
 
@@ -59,42 +58,44 @@ def recover(
         pl_module: Its module, which is left with another member's structure and weights.
         store: The family, its members validated.
         steps: Optimizer steps for each.
-        taught: Whether the best one teaches them.
         become: Gives the live module a member's structure and weights.
-        rebuild: Returns a member's model.
+        teacher: Returns the model of the best one, which teaches them; None: nothing teaches.
     """
     about = store.about()
     metric, mode = about["metric"], about["mode"]
     if any(metric not in member["metrics"] for member in store.members()):
         _log.warning("The members of the family have no metric in common, so none is recovered.")
         return
+    sign = 1 if mode == "min" else -1
+    # Of those that tie the one that needed no recovery.
+    best = min(store.members(), key=lambda member: (member["metrics"][metric] * sign, "recovery" in member))["name"]
     for name in [member["name"] for member in sorted(store.members(), key=lambda member: -member["params"])]:
         members = {member["name"]: member for member in store.members()}
-        best = min(members.values(), key=lambda member: member["metrics"][metric] * (1 if mode == "min" else -1))
         member = members[name]
-        if member is best or "recovery" in member:
+        if name == best or "recovery" in member:
             continue
         before = member["metrics"][metric]
         became, seconds = None, 0.0
         try:
             become(member)
             began = time.monotonic()
-            _train(trainer, pl_module, rebuild(best) if taught else None, steps, store.folder / FOLDER / name)
+            _train(trainer, pl_module, teacher and teacher(members[best]), steps, store.folder / FOLDER / name)
             seconds = time.monotonic() - began
             became = finite(validate_again(trainer, pl_module))
         except Exception as error:  # the user's own hooks may fail in a second trainer; training itself was fine
             _log.warning("The member %r could not be recovered: %s: %s", name, type(error).__name__, error)
         after = None if became is None else became.get(metric)
         better = is_better(after, before, mode)
-        teacher = best["name"] if taught else None
-        note = {"steps": steps, "seconds": seconds, "teacher": teacher, "before": before, "after": after}
+        taught_by = best if teacher else None
+        note = {"steps": steps, "seconds": seconds, "teacher": taught_by, "before": before, "after": after}
         if better:
             store.replace_weights(name, find_family(pl_module), metrics=became, recovery=note | {"kept": True})
+            best = name if is_better(after, members[best]["metrics"][metric], mode) else best
         else:
             store.update(name, recovery=note | {"kept": False})
         _log.info(
             "Member %s: %d steps%s, %.0f s, %s %.4g → %s%s.",
-            *(name, steps, _taught_by(teacher), seconds, metric, before),
+            *(name, steps, _taught_by(taught_by), seconds, metric, before),
             "unknown" if after is None else f"{after:.4g}",
             "" if better else ", not kept",
         )

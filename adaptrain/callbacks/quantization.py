@@ -26,7 +26,7 @@ from adaptrain.compression.quantization import (
     save_quantized,
 )
 from adaptrain.errors import ConfigurationError
-from adaptrain.execution.oom import attempt, release_memory, weights_on_host
+from adaptrain.execution.oom import attempt, weights_on_host
 from adaptrain.family.about import find_tokenizer
 from adaptrain.family.metric import choose_metric
 from adaptrain.policies.learning_rate.build import metric_mode
@@ -207,7 +207,6 @@ class Quantization(AdaptiveCallback):
         quantized, lack = attempt(choose, host_bytes=2 * weights_on_host(match.model))
         lost = _lightning.all_reduce([float(quantized is None)], op="max", device=pl_module.device)[0]
         if quantized is None or lost:
-            release_memory()
             _log.warning(
                 "There is no memory to hold and measure the model in lower precision (%s), so there is no such copy."
                 " adaptrain.compression.quantize makes one of a trained model.",

@@ -9,7 +9,7 @@ from torch import nn
 
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.forecast import MemoryForecast
-from adaptrain.execution.oom import DoesNotFitError, attempt, does_not_fit, release_memory
+from adaptrain.execution.oom import DoesNotFitError, attempt, does_not_fit
 from adaptrain.execution.plan import Plan, Split, make_plan
 from adaptrain.execution.split import Piece, batch_size, copy_containers, elements_per_sample, layout
 from adaptrain.execution.transaction import Transaction
@@ -111,7 +111,6 @@ class EvaluationBatching:
                     done.append((self._samples(batch), weight, output))
                     continue
                 ran_out = True
-                release_memory()
                 self._transaction.restore()
                 logged.drop_piece()
                 size = self._shrink(stage, batch, message)

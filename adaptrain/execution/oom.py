@@ -57,7 +57,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def attempt(run: Callable[[], Any], *, host_bytes: int = 0) -> tuple[Any, str | None]:
-    """Runs something that may run out of memory. Any other error is raised.
+    """Runs something that may run out of memory, and releases what it took where it did. Any other error is raised.
 
     Args:
         run: What to run.
@@ -75,7 +75,9 @@ def attempt(run: Callable[[], Any], *, host_bytes: int = 0) -> tuple[Any, str | 
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return None, str(error).strip().split("\n")[0] or type(error).__name__
+        lack = str(error).strip().split("\n")[0] or type(error).__name__
+    release_memory()
+    return None, lack
 
 
 def weights_on_host(model: nn.Module) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from adaptrain.execution.oom import DoesNotFitError, attempt, release_memory
+from adaptrain.execution.oom import DoesNotFitError, attempt
 
 
 class Transfer:
@@ -29,7 +29,6 @@ class Transfer:
         batch, message = attempt(transfer)
         if message is None:
             return batch
-        release_memory()
         batch, message = attempt(transfer)
         if message is None:
             return batch

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from adaptrain.errors import ConfigurationError
-from adaptrain.execution.oom import attempt, release_memory, weights_on_host
+from adaptrain.execution.oom import attempt, weights_on_host
 from adaptrain.pruning import cost
 from adaptrain.pruning import structure as structures
 from adaptrain.pruning.cost_table import CostTable, measuring_twin, with_structure
@@ -282,10 +282,7 @@ class Pruner:
         here = self.table.total(structures.current_widths(self.match))["params"]
         # Of both all but what they share with the model; where a limit depends on it, on a CPU a copy of each as well.
         share = (1 + self.measures) * (dense + here - 2 * fixed) / here
-        found, lack = attempt(run, host_bytes=int(share * weights_on_host(self.match.model)))
-        if lack is not None:
-            release_memory()
-        return found, lack
+        return attempt(run, host_bytes=int(share * weights_on_host(self.match.model)))
 
     def _inputs(self, match: Match) -> dict[str, Any]:
         assert self.table is not None

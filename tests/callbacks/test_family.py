@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from adaptrain import ConfigurationError, Distillation, FamilyCheckpoint, ModelFamily
 from adaptrain.callbacks import family_recovery
 from adaptrain.callbacks.base import decision_log
+from adaptrain.family.store import FamilyStore
 from tests.contract.runs import loader
 from tests.family.conftest import RankedModule, fit_family, pruning
 from tests.processes import run_python
@@ -221,6 +222,27 @@ def test_members_may_learn_without_a_teacher(run, tmp_path):
     assert first.reason.startswith("12 more steps of member 'dense' were kept")
     assert after["dense"].metric == pytest.approx(first.new)
     assert not torch.equal(weights(after["dense"].model()), weights(before["dense"].model()))
+
+
+def test_a_member_that_comes_to_as_much_as_the_best_does_not_replace_it(tmp_path):
+    dense = len(weights(RankedModule()))
+
+    class Level(RankedModule):
+        """The dense member is worse than the others until it has trained again."""
+
+        again = False
+
+        def on_fit_start(self) -> None:
+            self.again = self.trainer.max_steps == 4
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/accuracy", float(self.again or len(weights(self)) < dense))
+
+    fit_family(tmp_path, [FamilyCheckpoint(recovery_steps=4), pruning()], module=Level())
+    notes = {member["name"]: member.get("recovery") for member in FamilyStore(tmp_path / "family").members()}
+    assert notes["pruned-1"] is None
+    assert (notes["dense"]["teacher"], notes["dense"]["kept"]) == ("pruned-1", True)
+    assert (notes["final"]["teacher"], notes["final"]["kept"]) == ("pruned-1", False)
 
 
 def test_recovery_does_not_move_the_place_in_the_data(tmp_path):
