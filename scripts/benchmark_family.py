@@ -7,8 +7,8 @@ Parts, each with each seed in a process of its own, appended to the JSON file wh
     cascade   such a run alone, and a cascade at half the cost
     elastic   another such run, and networks of these sizes inside of one (ElasticTraining), in the same wall time
     soup      three fine-tunings from one initialisation, and their greedy and uniform soup
-    freezing  one fine-tuning plain, in three quarters of the steps, and with LayerFreezing by schedule, by signal and
-              in turns; each in a process of its own, for its time
+    freezing  one fine-tuning plain, in three quarters of the steps, and with LayerFreezing by schedule, by signal, in
+              turns and unfreezing; each in a process of its own, for its time
     aware     one fine-tuning rounded to 8 and to 4 bits after it, and with its last fifth quantization-aware
     adapters  one fine-tuning of all weights, and of adapters within 2% of them by LowRankAdapters, with equal ranks
               and by gradient, at ten times the rate; each in a process of its own, for its memory
@@ -34,7 +34,14 @@ from results import aligned, load_results, run_in_process, save_results
 PARTS = ("family", "cascade", "elastic", "soup", "freezing", "aware", "adapters")
 # Of parts whose memory or wall time counts, a process each: a later arm would find kernels that the first had to build.
 ARMS: dict[str, tuple[str, ...]] = {
-    "freezing": ("no layer frozen", "fewer steps", "freezing by schedule", "freezing by signal", "freezing in turns"),
+    "freezing": (
+        "no layer frozen",
+        "fewer steps",
+        "freezing by schedule",
+        "freezing by signal",
+        "freezing in turns",
+        "unfreezing",
+    ),
     "adapters": ("adapters, uniform", "adapters by gradient", "all weights"),
 }
 COLUMNS = ("part", "arm", "runs", "dev %", "test %", "latency", "size", "wall s", "peak GiB", "trains M", "notes")
@@ -154,7 +161,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         "bfloat16": lambda row: row["arm"].startswith("bf16"),
         "dense, fine-tuned": lambda row: row["arm"] in ("fine-tuned", "no layer frozen", "all weights"),
         "soups": lambda row: "soup" in row["arm"],
-        "frozen layers": lambda row: row["arm"].startswith("freezing"),
+        "frozen layers": lambda row: "freezing" in row["arm"],
         "adapters": lambda row: row["arm"].startswith("adapters"),
     }
     for marker, (name, belongs) in zip("oshD^vP*X<>", kinds.items(), strict=True):

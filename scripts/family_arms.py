@@ -31,6 +31,7 @@ FREEZING: dict[str, dict[str, Any]] = {
     "freezing by schedule": {"by": "schedule", "most": 0.67, "begin": 0.4, "end": 0.6},
     "freezing by signal": {},
     "freezing in turns": {"by": "turns", "most": 0.67, "begin": 0.05},
+    "unfreezing": {"by": "unfreezing", "most": 0.67, "begin": 0.4, "end": 0.5},
 }
 FEWER_STEPS = 0.76  # of the steps: what freezing in turns takes of the time
 ADAPTERS_RATE = 10.0  # of the rate: adapters want a higher one (Hu et al. 2021)

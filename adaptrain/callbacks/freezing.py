@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from adaptrain._lightning.structure import forget_compiled, unwrapped
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.errors import ConfigurationError
 from adaptrain.execution.update_probe import total_norm
-from adaptrain.policies.freezing import Freezing
+from adaptrain.policies.freezing import By, Freezing
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import Match
 
@@ -29,17 +29,19 @@ class LayerFreezing(AdaptiveCallback):
     forward and two thirds backward, two thirds are saved. Embeddings tied to the output go on learning from there. The
     optimizer keeps its state for layers that thaw. Frozen weights take no weight decay.
 
-    Nothing is frozen while `ProgressivePruning` has events to come, since it reads the gradients of all layers, and a
-    change of structure thaws what is frozen. In `DistributedDataParallel` the wrapper is built anew at each change, on
-    all ranks alike.
+    Nothing is frozen while `ProgressivePruning` has events to come, since it reads the gradients of all layers: beside
+    it `"unfreezing"` freezes nothing at all, and says so. A change of structure thaws what is frozen. In
+    `DistributedDataParallel` the wrapper is built anew at each change, on all ranks alike.
 
     Args:
         by: `"signal"`: layers whose gradients change least (AutoFreeze); `"schedule"`: evenly from `begin` to `end`
-            (FreezeOut); `"turns"`: `most` of them at once, which train in one window of every `every`; see
-            `adaptrain.policies.freezing`.
+            (FreezeOut); `"turns"`: `most` of them at once, which train in one window of every `every`;
+            `"unfreezing"`: `most` of them from the first step on, which train evenly from `begin` to `end`, the last
+            ones first (gradual unfreezing, for a model that was trained before); see `adaptrain.policies.freezing`.
         most: The largest share of the layers to freeze, in (0, 1); at least one layer trains.
-        begin: The share of training, in [0, 1), before which nothing is frozen.
-        end: The share, above `begin`, at which `"schedule"` has frozen the last layer.
+        begin: The share of training, in [0, 1), before which nothing is frozen, or before which `"unfreezing"` thaws
+            nothing.
+        end: The share, above `begin`, at which `"schedule"` has frozen the last layer, and `"unfreezing"` thawed it.
         every: In one window of how many `"turns"` trains all layers, at least 2.
         window: Optimizer steps between two decisions; None: a fiftieth of the run, at least 10.
         dry_run: Decide and record, freeze nothing.
@@ -53,7 +55,7 @@ class LayerFreezing(AdaptiveCallback):
     def __init__(
         self,
         *,
-        by: Literal["signal", "schedule", "turns"] = "signal",
+        by: By = "signal",
         most: float = 0.5,
         begin: float = 0.3,
         end: float = 0.7,
@@ -63,8 +65,8 @@ class LayerFreezing(AdaptiveCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(dry_run=dry_run, name=name)
-        if by not in ("signal", "schedule", "turns"):
-            raise ConfigurationError(f"by must be signal, schedule or turns, got {by!r}.")
+        if by not in get_args(By):
+            raise ConfigurationError(f"by must be one of {', '.join(get_args(By))}, got {by!r}.")
         for argument, value in (("most", most), ("begin", begin), ("end", end)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ConfigurationError(f"{argument} must be a share in [0, 1], got {value!r}.")
@@ -76,7 +78,7 @@ class LayerFreezing(AdaptiveCallback):
             raise ConfigurationError(f"every must be a whole number of windows of at least 2, got {every!r}.")
         if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 2):
             raise ConfigurationError(f"window must be a whole number of steps of at least 2, got {window!r}.")
-        self.by: Literal["signal", "schedule", "turns"] = by
+        self.by: By = by
         self.most = most
         self.begin = begin
         self.end = end
@@ -120,7 +122,7 @@ class LayerFreezing(AdaptiveCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Builds the policy, and freezes again what a resumed run had frozen."""
-        if self.begin > 0 or self.by == "schedule":
+        if self.begin > 0 or self.by in ("schedule", "unfreezing"):
             _lightning.refuse_endless(trainer, user=type(self).__name__)
         assert self._match is not None
         count = len(self._match.layers)
@@ -136,6 +138,10 @@ class LayerFreezing(AdaptiveCallback):
             self._norms = [torch.tensor(value) for value in loaded["norms"]]
             self._losses = [torch.tensor(value) for value in loaded["losses"]]
             self._apply(trainer, pl_module)
+        elif reason := self._policy.start(hold=_is_read(trainer)):
+            self._change(trainer, pl_module, 0, reason, {})
+        elif self.by == "unfreezing":
+            _log.warning("LayerFreezing freezes nothing: another callback reads the gradients of all layers at first.")
         self.on_exit(self._wake)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -159,8 +165,8 @@ class LayerFreezing(AdaptiveCallback):
         numbers = _lightning.all_reduce(numbers, device=pl_module.device)  # so that all ranks decide alike
         norms, losses = numbers[: len(self._norms)], numbers[len(self._norms) :]
         self._norms, self._losses = [], []
-        old, hold = self._policy.frozen, any(_needs_gradients(other) for other in trainer.callbacks)
-        reason = self._policy.window(norms, losses, progress=_lightning.progress(trainer), hold=hold)
+        old = self._policy.frozen
+        reason = self._policy.window(norms, losses, progress=_lightning.progress(trainer), hold=_is_read(trainer))
         if reason:
             self._change(trainer, pl_module, old, reason, {"loss": sum(losses) / len(losses)})
 
@@ -221,8 +227,9 @@ class LayerFreezing(AdaptiveCallback):
         self._loaded = state_dict
 
 
-def _needs_gradients(callback: Any) -> bool:
-    return isinstance(callback, AdaptiveCallback) and callback.needs_gradients
+def _is_read(trainer: Any) -> bool:
+    """Whether another callback reads the gradients of all layers."""
+    return any(isinstance(other, AdaptiveCallback) and other.needs_gradients for other in trainer.callbacks)
 
 
 def _parameters_below(model: Any, layers: Any) -> list[nn.Parameter]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from statistics import fmean, median, variance
 from typing import Any, Literal
 
+By = Literal["signal", "schedule", "turns", "unfreezing"]
+
 
 class Freezing:
     """Freezes the first layers as training goes on, and thaws them where that harms.
@@ -22,17 +24,19 @@ class Freezing:
     FreezeOut (Brock et al. 2017, arXiv:1706.04983), which also anneals each layer's rate before it goes. `"turns"`
     freezes `most` of them at once, and lets them train in one window of every `every`, to the end: they go on following
     the others, and are annealed with them. LISA (Pan et al. 2024, arXiv:2403.17919) freezes layers in turns, too, any
-    of them, which saves memory and less of the backward pass.
+    of them, which saves memory and less of the backward pass. `"unfreezing"` goes the other way, where the layers were
+    trained before: `most` of them are frozen from the first step on, and train again evenly between `begin` and `end`,
+    the last ones first, as gradual unfreezing (Howard & Ruder 2018, arXiv:1801.06146).
 
     Where the loss of a window is surely above that of the window before the last layer went (z > 3 standard errors),
     all thaw, and none goes for 4 windows, then 8, and so on.
 
     Args:
         layers: How many layers there are.
-        by: `"signal"`, `"schedule"` or `"turns"`.
+        by: `"signal"`, `"schedule"`, `"turns"` or `"unfreezing"`.
         most: How many may be frozen.
-        begin: The share of training before which none is frozen.
-        end: The share at which `"schedule"` has frozen the last one.
+        begin: The share of training before which none is frozen, or before which `"unfreezing"` thaws none.
+        end: The share at which `"schedule"` has frozen the last one, and `"unfreezing"` thawed it.
         every: In one window of how many `"turns"` trains all layers.
     """
 
@@ -40,7 +44,7 @@ class Freezing:
         self,
         layers: int,
         *,
-        by: Literal["signal", "schedule", "turns"],
+        by: By,
         most: int,
         begin: float,
         end: float,
@@ -58,6 +62,20 @@ class Freezing:
         self._rest = 0  # windows until a layer may go again
         self._thaws = 0
         self._turn = 0  # windows since all layers trained in turns
+
+    def start(self, *, hold: bool = False) -> str:
+        """Freezes what is to be frozen from the first step on.
+
+        Args:
+            hold: Freeze nothing now.
+
+        Returns:
+            Why, or "" where nothing is.
+        """
+        if self.by != "unfreezing" or hold:
+            return ""
+        self.frozen = self.most
+        return "the last layers train first"
 
     def window(self, norms: Sequence[float], losses: Sequence[float], *, progress: float, hold: bool = False) -> str:
         """Takes in one window of steps and moves `frozen`.
@@ -84,6 +102,10 @@ class Freezing:
             return ""
         if hold or progress < self.begin:
             return ""
+        if self.by == "unfreezing":
+            old = self.frozen
+            self.frozen = min(old, self.most - self._by_schedule(progress))
+            return f"{progress:.0%} of training are over" if self.frozen < old else ""
         if self.by == "turns":
             return self._next_turn(level)
         old = self.frozen

@@ -73,6 +73,35 @@ def test_in_turns_the_first_layers_train_in_every_third_window(tmp_path) -> None
     assert moves[:3] == [(0, 2), (2, 0), (0, 2)]
 
 
+def test_unfreezing_trains_the_last_layers_first(tmp_path) -> None:
+    module = Watched()
+    callback = LayerFreezing(by="unfreezing", most=0.75, begin=0.3, end=0.7, window=2)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=4)
+    trainer.fit(module, text_loader())
+    assert module.with_gradient[0].isdisjoint(frozen_names(module, 3))
+    counts = [next(n for n in (3, 2, 1, 0) if names.isdisjoint(frozen_names(module, n)) or n == 0)
+              for names in module.with_gradient]  # fmt: skip
+    assert counts == sorted(counts, reverse=True)
+    assert set(counts) == {3, 2, 1, 0}
+    assert counts[-1] == 0
+    moved = [
+        any(not torch.equal(a[n], b[n]) for n in frozen_names(module, 1)) for a, b in itertools.pairwise(module.states)
+    ]
+    assert moved == [count == 0 for count in counts[:-1]]
+    moves = [(d.old, d.new, d.step) for d in decision_log(trainer) if d.knob == "frozen_layers"]
+    assert [(old, new) for old, new, _ in moves] == [(0, 3), (3, 2), (2, 1), (1, 0)]
+    assert moves[0][2] == 0
+
+
+def test_unfreezing_beside_pruning_freezes_nothing_and_says_so(tmp_path, caplog) -> None:
+    pruning = ProgressivePruning(target={"flops": 0.7}, schedule=OneShotSchedule(at=0.5))
+    freezing = LayerFreezing(by="unfreezing", window=2)
+    trainer = quiet_trainer(tmp_path, callbacks=[freezing, pruning], max_epochs=4)
+    trainer.fit(Watched(), text_loader())
+    assert "frozen_layers" not in {d.knob for d in decision_log(trainer)}
+    assert "LayerFreezing freezes nothing: another callback reads the gradients" in caplog.text
+
+
 def test_the_trained_layers_learn_as_if_the_frozen_ones_were_constant(tmp_path) -> None:
     class ByHand(Watched):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

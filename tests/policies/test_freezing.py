@@ -97,6 +97,37 @@ def test_in_turns_a_loss_that_rises_lets_them_rest():
     assert counts == [0] * 4 + [4]
 
 
+def test_unfreezing_trains_the_last_layers_first():
+    policy = make(by="unfreezing", begin=0.2, end=0.6)
+    assert policy.start()
+    counts = [policy.frozen]
+    for tenth in range(10):
+        # A loss that rises is none of its business: what is frozen was trained before.
+        reason = policy.window([1.0] * (6 - policy.frozen), flat(1.0 + tenth), progress=tenth / 10)
+        assert bool(reason) == (policy.frozen != counts[-1])
+        counts.append(policy.frozen)
+    assert counts == [4, 4, 4, 3, 2, 1, 0, 0, 0, 0, 0]
+
+
+def test_unfreezing_freezes_nothing_that_is_held_and_others_nothing_at_first():
+    policy = make(by="unfreezing")
+    assert not policy.start(hold=True)
+    assert not make(by="schedule").start()
+    policy.window([1.0] * 6, flat(), progress=0.1)
+    assert policy.frozen == 0
+
+
+def test_unfreezing_goes_on_where_it_was_and_freezes_nothing_again():
+    first, second = make(by="unfreezing", begin=0.0, end=0.4), make(by="unfreezing", begin=0.0, end=0.4)
+    first.start()
+    first.window([1.0] * 2, flat(), progress=0.1)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.frozen == 2
+    second.thaw()
+    second.window([1.0] * 6, flat(), progress=0.2)
+    assert second.frozen == 0
+
+
 @pytest.mark.parametrize(("by", "different"), [("signal", 3), ("turns", 2)])
 def test_its_state_survives_json(by, different):
     def feed(policy: Freezing, begin: int, end: int) -> list[int]:
