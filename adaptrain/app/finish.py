@@ -112,6 +112,7 @@ def finish(
     """
     from adaptrain import report
     from adaptrain.callbacks.base import decision_log
+    from adaptrain.report.content import DIVERGED
 
     trained = _numbers(trainer.callback_metrics)
     # The last weights: an earlier checkpoint, however good, may hold a model from before a structural event.
@@ -132,7 +133,7 @@ def finish(
         run_dir=folder,
         seed=cfg.seed,
         started=measured.started,
-        status="diverged" if lost else "wall clock" if spent else "finished",
+        status=DIVERGED if lost else "wall clock" if spent else "finished",
         versions=facts["versions"],
         hardware=facts["hardware"],
         data=data.describe(),

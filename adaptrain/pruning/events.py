@@ -51,7 +51,7 @@ def describe_event(
     if pruner.layers:
         removed["layers"] = sum(map(structures.is_dropped, new)) - sum(map(structures.is_dropped, old))
         names["layers"] = "whole layers"
-    parts = " and ".join(f"{count} {names[kind]}" for kind, count in removed.items())
+    parts = " and ".join(f"{count} {names[kind].removesuffix('s' * (count == 1))}" for kind, count in removed.items())
     which = f"event {event}" if event == first else f"events {first} to {event}"
     limits = pruner.limits(plan[event - 1].share)
     reached = []

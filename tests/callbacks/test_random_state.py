@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from adaptrain import RandomState
 from adaptrain.callbacks.random_state import capture_random_state, restore_random_state
-from tests.processes import as_torchrun, free_port
+from tests.processes import run_ranks
 from tests.toys import TextModule, ValidatedTextModule, quiet_trainer, text_loader, text_samples, tiny_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*dataloader is not resumable.*")
@@ -258,53 +257,9 @@ def test_lightning_s_seam_stands(tmp_path: Path) -> None:
     assert seen == [*data, "setup_data", "on_run_start", *epoch, "setup_data", "on_run_start", "iter", *epoch]
 
 
-WORKER = """
-import json, sys
-from pathlib import Path
-import pytorch_lightning as pl, torch
-from adaptrain import RandomState
-from tests.callbacks.test_random_state import ResumableLoader, Save
-from tests.toys import TextModule, quiet_trainer, text_samples, tiny_bert
-
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-torch.set_num_threads(1)
-losses = []
-for seed, resumed in ((7, False), (8, True)):
-    pl.seed_everything(seed + 100 * rank, verbose=False)
-    module = TextModule(tiny_bert(dropout=0.2))
-    path = folder / "killed.ckpt"
-    trainer = quiet_trainer(
-        folder, devices=2, strategy="ddp", max_epochs=2, use_distributed_sampler=False,
-        callbacks=[RandomState()] + ([] if resumed else [Save("on_train_batch_end", 3, path)]),
-    )
-    trainer.fit(module, ResumableLoader(text_samples(32)), ckpt_path=path if resumed else None)
-    losses.append(module.losses)
-(folder / f"{rank}.json").write_text(json.dumps(losses))
-"""
-
-
-def run_two_ranks(script: str, folder: Path) -> list[subprocess.CompletedProcess[str]]:
-    """Runs a script as two gloo ranks, each given its folder and rank."""
-    port, ranks = free_port(), []
-    for rank in range(2):
-        environ = os.environ | as_torchrun(rank, port) | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        command = [sys.executable, "-c", script, str(folder), str(rank)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        ranks.append(subprocess.Popen(command, env=environ, text=True, **pipes))  # type: ignore[call-overload]
-    done = []
-    try:
-        for rank in ranks:
-            out, err = rank.communicate(timeout=120)
-            done.append(subprocess.CompletedProcess(rank.args, rank.returncode, out, err))
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return done
-
-
 @pytest.mark.slow
 def test_each_rank_gets_its_own_state_back(tmp_path: Path) -> None:
-    for done in run_two_ranks(WORKER, tmp_path):
+    for done in run_ranks(__name__, tmp_path):
         assert done.returncode == 0, done.stderr
     by_rank = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for whole, rest in by_rank:
@@ -313,3 +268,28 @@ def test_each_rank_gets_its_own_state_back(tmp_path: Path) -> None:
     assert by_rank[0][0] != by_rank[1][0]
     ranks = torch.load(tmp_path / "killed.ckpt", weights_only=True)["callbacks"]["RandomState"]["ranks"]
     assert ranks[0]["torch"] != ranks[1]["torch"]
+
+
+def train_rank(folder: Path, rank: int) -> None:
+    """Trains as one of two ranks, whole and from a checkpoint, and writes the losses of both."""
+    torch.set_num_threads(1)
+    losses = []
+    for seed, resumed in ((7, False), (8, True)):
+        pl.seed_everything(seed + 100 * rank, verbose=False)
+        module = TextModule(tiny_bert(dropout=0.2))
+        path = folder / "killed.ckpt"
+        trainer = quiet_trainer(
+            folder,
+            devices=2,
+            strategy="ddp",
+            max_epochs=2,
+            use_distributed_sampler=False,
+            callbacks=[RandomState(), *([] if resumed else [Save("on_train_batch_end", 3, path)])],
+        )
+        trainer.fit(module, ResumableLoader(text_samples(32)), ckpt_path=path if resumed else None)
+        losses.append(module.losses)
+    (folder / f"{rank}.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    train_rank(Path(sys.argv[1]), int(os.environ["RANK"]))
