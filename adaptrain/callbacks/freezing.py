@@ -13,7 +13,7 @@ from adaptrain import _lightning
 from adaptrain._lightning.structure import forget_compiled, unwrapped
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.errors import ConfigurationError
-from adaptrain.execution.update_probe import total_norm
+from adaptrain.execution.update_probe import total_norm, were_trained
 from adaptrain.policies.freezing import By, Freezing
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import Match
@@ -138,11 +138,25 @@ class LayerFreezing(AdaptiveCallback):
             self._norms = [torch.tensor(value) for value in loaded["norms"]]
             self._losses = [torch.tensor(value) for value in loaded["losses"]]
             self._apply(trainer, pl_module)
-        elif reason := self._policy.start(hold=_is_read(trainer)):
-            self._change(trainer, pl_module, 0, reason, {})
         elif self.by == "unfreezing":
-            _log.warning("LayerFreezing freezes nothing: another callback reads the gradients of all layers at first.")
+            self._begin_frozen(trainer, pl_module, self._match)
         self.on_exit(self._wake)
+
+    def _begin_frozen(self, trainer: Any, pl_module: Any, match: Match) -> None:
+        assert self._policy is not None
+        hold = _is_read(trainer)
+        reason = self._policy.start(progress=_lightning.progress(trainer), hold=hold)
+        if reason:
+            self._change(trainer, pl_module, 0, reason, {})
+        frozen = [p for layer in match.layers[: self.frozen] for p in layer.parameters()]
+        if hold:
+            _log.warning("LayerFreezing freezes nothing: another callback reads the gradients of all layers at first.")
+        elif frozen and not were_trained(frozen):
+            _log.warning(
+                "LayerFreezing(by='unfreezing') freezes %d layers that seem never to have been trained: it is for a"
+                " pretrained model.",
+                self.frozen,
+            )
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Adds the gradient norms of the layers that train."""

@@ -122,7 +122,7 @@ class LearningRateController(AdaptiveCallback):
             own_rate=sets_own_rate(optimizer),
             align=self.align,
             cap=self.cap,
-            trained=were_trained(optimizer),
+            trained=were_trained(p for group in optimizer.param_groups for p in group["params"]),
             plateau=self.plateau,
             recover=self.recover,
             guard=self.guard,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any, Literal
 
@@ -96,12 +96,12 @@ def _rank(weight: Tensor) -> int:
     return min(len(weight), weight.numel() // len(weight))
 
 
-def were_trained(optimizer: Optimizer) -> bool:
+def were_trained(parameters: Iterable[Tensor]) -> bool:
     """Tells whether weights were trained before: most vectors (biases, scales of norms) hold more than one value.
 
     Fresh ones are constant under the usual initialisations. Without vectors the answer is no.
     """
-    vectors = [p.detach() for group in optimizer.param_groups for p in group["params"] if p.ndim == 1 and p.numel() > 1]
+    vectors = [p.detach() for p in parameters if p.ndim == 1 and p.numel() > 1]
     return 2 * sum(bool((p != p[0]).any()) for p in vectors) > len(vectors)
 
 

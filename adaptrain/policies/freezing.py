@@ -63,10 +63,11 @@ class Freezing:
         self._thaws = 0
         self._turn = 0  # windows since all layers trained in turns
 
-    def start(self, *, hold: bool = False) -> str:
-        """Freezes what is to be frozen from the first step on.
+    def start(self, *, progress: float = 0.0, hold: bool = False) -> str:
+        """Freezes what is to be frozen before the first window.
 
         Args:
+            progress: The share of training that is over.
             hold: Freeze nothing now.
 
         Returns:
@@ -74,8 +75,8 @@ class Freezing:
         """
         if self.by != "unfreezing" or hold:
             return ""
-        self.frozen = self.most
-        return "the last layers train first"
+        self.frozen = self._by_unfreezing(progress)
+        return "the last layers train first" if self.frozen else ""
 
     def window(self, norms: Sequence[float], losses: Sequence[float], *, progress: float, hold: bool = False) -> str:
         """Takes in one window of steps and moves `frozen`.
@@ -104,7 +105,7 @@ class Freezing:
             return ""
         if self.by == "unfreezing":
             old = self.frozen
-            self.frozen = min(old, self.most - self._by_schedule(progress))
+            self.frozen = min(old, self._by_unfreezing(progress))
             return f"{progress:.0%} of training are over" if self.frozen < old else ""
         if self.by == "turns":
             return self._next_turn(level)
@@ -134,6 +135,9 @@ class Freezing:
 
     def _by_schedule(self, progress: float) -> int:
         return min(self.most, int(self.most * (progress - self.begin) / (self.end - self.begin) + 1e-9) + 1)
+
+    def _by_unfreezing(self, progress: float) -> int:
+        return self.most - (self._by_schedule(progress) if progress >= self.begin else 0)
 
     def _by_signal(self, before: list[float] | None) -> int:
         now = self._before

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from adaptrain import ConfigurationError, LayerFreezing, OneShotSchedule, ProgressivePruning
@@ -91,6 +92,39 @@ def test_unfreezing_trains_the_last_layers_first(tmp_path) -> None:
     moves = [(d.old, d.new, d.step) for d in decision_log(trainer) if d.knob == "frozen_layers"]
     assert [(old, new) for old, new, _ in moves] == [(0, 3), (3, 2), (2, 1), (1, 0)]
     assert moves[0][2] == 0
+
+
+# A run is resumed in its folder on purpose.
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty.*")
+def test_unfreezing_goes_on_from_a_checkpoint_of_before_the_optimizer_knew_all_layers(tmp_path) -> None:
+    def fit(resume: str | None = None) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        module = Watched()
+        saving = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=6)
+        freezing = LayerFreezing(by="unfreezing", begin=0.4, end=0.6, window=2)
+        trainer = quiet_trainer(tmp_path, callbacks=[freezing, saving], max_epochs=4, enable_checkpointing=True)
+        trainer.fit(module, text_loader(), ckpt_path=resume)
+        return trainer, module
+
+    trainer, whole = fit()
+    saved = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+    assert len(saved["optimizer_states"][0]["state"]) < len(list(whole.parameters()))
+    resumed_trainer, resumed = fit(str(tmp_path / "step=6.ckpt"))
+    assert resumed.losses == whole.losses[6:]
+    assert torch.equal(weights(resumed), weights(whole))
+    moves = [(d.step, d.old, d.new) for d in decision_log(trainer) if d.knob == "frozen_layers"]
+    assert [(d.step, d.old, d.new) for d in decision_log(resumed_trainer) if d.knob == "frozen_layers"] == moves
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_unfreezing_layers_that_were_never_trained_is_warned_about(tmp_path, caplog, trained: bool) -> None:
+    model = tiny_bert(layers=4)
+    if trained:
+        quiet_trainer(tmp_path, max_epochs=1).fit(TextModule(model), text_loader())
+    quiet_trainer(tmp_path, callbacks=[LayerFreezing(by="unfreezing")], max_epochs=1).fit(
+        TextModule(model), text_loader()
+    )
+    assert ("freezes 2 layers that seem never to have been trained" in caplog.text) == (not trained)
 
 
 def test_unfreezing_beside_pruning_freezes_nothing_and_says_so(tmp_path, caplog) -> None:

@@ -117,6 +117,13 @@ def test_unfreezing_freezes_nothing_that_is_held_and_others_nothing_at_first():
     assert policy.frozen == 0
 
 
+@pytest.mark.parametrize(("progress", "frozen"), [(0.1, 4), (0.35, 2), (0.9, 0)])
+def test_unfreezing_that_joins_later_freezes_what_would_still_be_frozen(progress, frozen):
+    policy = make(by="unfreezing", begin=0.2, end=0.6)
+    assert bool(policy.start(progress=progress)) == bool(frozen)
+    assert policy.frozen == frozen
+
+
 def test_unfreezing_goes_on_where_it_was_and_freezes_nothing_again():
     first, second = make(by="unfreezing", begin=0.0, end=0.4), make(by="unfreezing", begin=0.0, end=0.4)
     first.start()
