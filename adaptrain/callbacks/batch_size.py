@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -139,6 +140,7 @@ class BatchSizeController(AdaptiveCallback):
         self._time_fit = PieceTimeFit() if fixed is None else None
         self._machine: dict[str, Any] | None = None
         self._engine: MicroBatching | None = None
+        self._least_frozen = math.inf  # layers, while memory was measured
         self._evaluation_policy = EvaluationSizePolicy()
         self._evaluation: EvaluationBatching | None = None
 
@@ -211,14 +213,24 @@ class BatchSizeController(AdaptiveCallback):
         self._record(trainer, proposal, {}, knob="global_batch_size", offer=offer)
 
     def on_decision(self, trainer: Any, pl_module: Any, decision: Decision) -> None:
-        """Measures anew when the model's structure has changed."""
+        """Measures anew when the structure has changed, and memory alone when more layers train than ever before."""
+        if decision.knob == "frozen_layers":
+            self._layers_frozen(decision)
         if decision.knob != "structure":
             return
+        self._least_frozen = math.inf
         self._evaluation_policy.restart()
         if self._engine is not None:
             self._engine.forget()
         if self._global is not None:
             self._global.forget_speeds()
+
+    def _layers_frozen(self, decision: Decision) -> None:
+        if decision.step:  # steps were measured with as many as were frozen before
+            self._least_frozen = min(self._least_frozen, decision.old)
+        if decision.new < self._least_frozen and self._engine is not None:
+            self._least_frozen = math.inf
+            self._engine.forget_memory()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes over the steps, where no fit has."""

@@ -113,12 +113,17 @@ class MicroBatching:
     def forget(self) -> None:
         """Measures anew: the model has changed."""
         self._policy.restart()
-        self._memory_forecast.forget()
+        self.forget_memory()
         if self._time_fit is not None:
             self._time_fit.clear()
+        self._longest = 1
+
+    def forget_memory(self) -> None:
+        """Measures memory anew: the model is as it was, and a step takes more of it."""
+        self._memory_forecast.forget()
+        self._runner.proven.restart()
         self._smallest_cap = math.inf
         self._calm = None
-        self._longest = 1
 
     def run(self, step: Any) -> Any:
         """Runs one step; what is to be recorded waits in `proposals`.

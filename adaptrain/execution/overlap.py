@@ -45,6 +45,11 @@ class ProvenSizes:
         """Forgets them: memory has become less."""
         self._largest = set()
 
+    def restart(self) -> None:
+        """Hears that steps take more from here on, and that there is more for the optimizer to keep state of."""
+        self.clear()
+        self._has_stepped = False
+
     def stepped(self) -> None:
         """Hears that an accumulation window ended: the optimizer steps next."""
         self._has_stepped = True

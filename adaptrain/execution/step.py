@@ -120,7 +120,7 @@ class StepRunner:
         self._embeddings = SparseAccumulation(module)
         self._seconds: dict[int, float] = {}
         self._overlap = overlap and ranks.count > 1
-        self._proven = ProvenSizes()
+        self.proven = ProvenSizes()
 
     def run(
         self,
@@ -167,7 +167,7 @@ class StepRunner:
                 logged = step.logged()
                 scale = self._scale(plan)
                 done, message = self._attempt(step, plan, scale, logged, hold_last=hold_last, timed=timed)
-                is_new = hold_last and not self._proven.covers(plan.pieces[_last_that_counts(plan)])
+                is_new = hold_last and not self.proven.covers(plan.pieces[_last_that_counts(plan)])
                 ran_out, largest, any_new, *maxima = self._ranks.maxima(
                     [message is not None, plan.largest, is_new, *notes]
                 )
@@ -179,7 +179,7 @@ class StepRunner:
                 done = None
                 release_memory()
                 self._transaction.rollback()
-                self._proven.clear()
+                self.proven.clear()
                 if not can_split or min(largest, micro_batch_size) <= 1:
                     raise DoesNotFitError(does_not_fit(layout, can_split, self._report(), message))
                 failures.append(Failure(int(largest), message or "", maxima))
@@ -202,9 +202,9 @@ class StepRunner:
         loss, outputs, held = done or (None, [], None)
         if held is not None:
             self._reduce(step, held, logged)
-        self._proven.add(plan.pieces)
+        self.proven.add(plan.pieces)
         if step.ends_window:
-            self._proven.stepped()
+            self.proven.stepped()
             if held is None:
                 self._ranks.average_gradients(self._module.parameters())
                 if self._overlap:

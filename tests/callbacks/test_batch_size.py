@@ -400,6 +400,37 @@ def test_a_structure_decision_measures_anew(tmp_path: Path) -> None:
     assert controller.state_dict()["fit"]["added"] == []
 
 
+@pytest.mark.parametrize(
+    ("counts", "anew"),
+    [
+        ((4, 4, 0), True),  # frozen from the start: no step had all layers
+        ((4, 4, 6), False),
+        ((0, 2, 0), False),  # the first step had
+        ((4, 2, 3), False),
+    ],
+)
+def test_layers_that_train_for_the_first_time_are_measured_and_the_search_goes_on(
+    tmp_path: Path, counts: tuple[int, int, int], anew: bool
+) -> None:
+    class Freezer(AdaptiveCallback):
+        """Has frozen so many layers in the first step, the second and after it."""
+
+        def on_train_start(self, trainer, pl_module) -> None:
+            self.move(trainer, 0, counts[0])
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            self.move(trainer, *counts[batch_idx : batch_idx + 2])
+
+        def move(self, trainer, old: int, new: int) -> None:
+            if old != new:
+                self.record(trainer, "frozen_layers", old=old, new=new, reason="a test")
+
+    controller = BatchSizeController()
+    fit(TextModule(), tmp_path, controller, callbacks=[Freezer()], limit_train_batches=2)
+    assert (controller.state_dict()["fit"]["added"] == []) == anew
+    assert controller.state_dict()["policy"]["trials"]
+
+
 def test_its_state_is_plain_and_resumes(tmp_path: Path) -> None:
     module = ScarceModule(Scarce(most=4))
     first = BatchSizeController(micro_batch_size=12)

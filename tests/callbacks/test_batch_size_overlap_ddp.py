@@ -284,6 +284,11 @@ def test_a_size_is_proven_by_one_as_large_after_an_optimizer_step() -> None:
     assert not proven.covers(piece(5, 1))
     proven.clear()
     assert not proven.covers(piece(1, 1))
+    proven.add([piece(2, 2)])
+    assert proven.covers(piece(2, 2))
+    proven.restart()
+    proven.add([piece(2, 2)])
+    assert not proven.covers(piece(1, 1))  # there is more to keep state of, from the next optimizer step
 
 
 if __name__ == "__main__":
