@@ -21,7 +21,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from adaptrain import GracefulStop, RandomState, _lightning
 from adaptrain.callbacks.graceful_stop import TrainingInterrupted
-from tests.callbacks.test_random_state import ResumableLoader, run_two_ranks
+from tests.callbacks.test_random_state import ResumableLoader
+from tests.processes import run_ranks
 from tests.toys import TextModule, ValidatedTextModule, quiet_trainer, text_loader, text_samples, tiny_bert
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as POSIX does")
@@ -333,30 +334,26 @@ def test_a_process_that_is_signalled_exits_with_its_code_and_resumes(tmp_path: P
     assert losses() + train(path) == train(None)
 
 
-RANKS = """
-import json, os, signal, sys
-from pathlib import Path
-import pytorch_lightning as pl, torch
-from adaptrain import GracefulStop
-from tests.callbacks.test_graceful_stop import Signal
-from tests.toys import TextModule, quiet_trainer, text_loader
-
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-torch.set_num_threads(1)
-sender = Signal("on_train_batch_end", 2, *([signal.SIGTERM] if rank == 1 else []))
-trainer = quiet_trainer(folder, devices=2, strategy="ddp", max_epochs=9, callbacks=[GracefulStop(), sender])
-try:
-    trainer.fit(TextModule(), text_loader())
-finally:
-    (folder / f"{rank}.json").write_text(json.dumps(trainer.global_step))
-"""
-
-
 @pytest.mark.slow
 def test_all_ranks_stop_at_the_step_at_which_one_got_the_signal(tmp_path: Path) -> None:
-    done = run_two_ranks(RANKS, tmp_path)
+    done = run_ranks(__name__, tmp_path)
     assert [rank.returncode for rank in done] == [128 + signal.SIGTERM] * 2, done
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [2, 2]
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     assert "stopped after step 2" in done[0].stderr
     assert "stopped after step" not in done[1].stderr
+
+
+def train_rank(folder: Path, rank: int) -> None:
+    """Trains as one of two ranks, of which the second gets a signal, and writes at which step it stopped."""
+    torch.set_num_threads(1)
+    sender = Signal("on_train_batch_end", 2, *([signal.SIGTERM] if rank == 1 else []))
+    trainer = quiet_trainer(folder, devices=2, strategy="ddp", max_epochs=9, callbacks=[GracefulStop(), sender])
+    try:
+        trainer.fit(TextModule(), text_loader())
+    finally:
+        (folder / f"{rank}.json").write_text(json.dumps(trainer.global_step))
+
+
+if __name__ == "__main__":
+    train_rank(Path(sys.argv[1]), int(os.environ["RANK"]))
