@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -24,10 +24,11 @@ _log = logging.getLogger(__name__)
 class LayerFreezing(AdaptiveCallback):
     """Freezes layers from the first one up, and thaws them where the loss rises or the structure changes.
 
-    A frozen layer still runs forward. Its backward pass, its gradients and its step in the optimizer fall away, and so
-    do those of the embeddings below it and the activations kept for them; of a layer that costs a third of a step
-    forward and two thirds backward, two thirds are saved. Embeddings tied to the output go on learning from there. The
-    optimizer keeps its state for layers that thaw. Frozen weights take no weight decay.
+    A frozen layer still runs forward, in evaluation mode: without dropout, and its norms keep their statistics. Its
+    backward pass, its gradients and its step in the optimizer fall away, and so do those of the embeddings below it and
+    the activations kept for them; of a layer that costs a third of a step forward and two thirds backward, more than
+    two thirds are saved. Embeddings tied to the output go on learning from there. The optimizer keeps its state for
+    layers that thaw. Frozen weights take no weight decay.
 
     Nothing is frozen while `ProgressivePruning` has events to come, since it reads the gradients of all layers: beside
     it `"unfreezing"` freezes nothing at all, and says so. A change of structure thaws what is frozen. In
@@ -93,6 +94,7 @@ class LayerFreezing(AdaptiveCallback):
         self._policy: Freezing | None = None
         self._below: list[nn.Parameter] = []  # what comes before the first layer, and nowhere else
         self._asleep: list[nn.Parameter] = []  # what this callback has frozen
+        self._resting: list[nn.Module] = []  # what it has set to evaluation
         self._hook: Callable[[], object] | None = None
         self._norms: list[Tensor] = []  # sums over the window, of the layers that train
         self._losses: list[Tensor] = []
@@ -215,6 +217,9 @@ class LayerFreezing(AdaptiveCallback):
                 for parameter in self._asleep:
                     parameter.requires_grad_(False)
                     parameter.grad = None
+                self._resting = _trained_only_by(chosen, self._match.model)
+                for module in self._resting:
+                    module.training = False
                 # Tied embeddings still train, from the output: the input's gradient stops here.
                 self._hook = layers[count].register_forward_pre_hook(_detach, with_kwargs=True).remove
         forget_compiled(pl_module)
@@ -222,7 +227,9 @@ class LayerFreezing(AdaptiveCallback):
     def _wake(self) -> None:
         for parameter in self._asleep:
             parameter.requires_grad_(True)
-        self._asleep = []
+        for module in self._resting:
+            module.training = True
+        self._asleep, self._resting = [], []
         if self._hook is not None:
             self._hook()
             self._hook = None
@@ -257,6 +264,17 @@ def _parameters_below(model: Any, layers: Any) -> list[nn.Parameter]:
     place = next(i for i, (_, parameter) in enumerate(names) if parameter is first)
     later = {id(parameter) for _, parameter in names[place:]}
     return [parameter for _, parameter in names[:place] if id(parameter) not in later]
+
+
+def _trained_only_by(parameters: Sequence[nn.Parameter], model: nn.Module) -> list[nn.Module]:
+    """Returns the modules in training mode whose parameters are all among these, with all that is within them."""
+    chosen = {id(parameter) for parameter in parameters}
+    found: dict[nn.Module, None] = {}
+    for module in model.modules():
+        owned = list(module.parameters())
+        if owned and all(id(parameter) in chosen for parameter in owned):
+            found.update(dict.fromkeys(within for within in module.modules() if within.training))
+    return list(found)
 
 
 def _gradient_norm(layer: nn.Module) -> Tensor:

@@ -151,6 +151,53 @@ def test_the_trained_layers_learn_as_if_the_frozen_ones_were_constant(tmp_path) 
     assert torch.equal(weights(module), weights(twin))
 
 
+class Modes(Watched):
+    """Keeps, at each batch, the names of the modules in evaluation mode."""
+
+    def __init__(self, model: Any = None) -> None:
+        super().__init__(model or tiny_bert(layers=4, dropout=0.5))
+        self.in_evaluation: list[set[str]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.in_evaluation.append({name for name, module in self.named_modules() if not module.training})
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.model(**batch)
+
+
+def test_frozen_layers_run_as_in_evaluation_until_they_thaw(tmp_path) -> None:
+    module = Modes()
+    names = {name for name, _ in module.named_modules()}
+    below = {name for name in names if "embeddings" in name}
+    frozen = {name for name in names for i in (0, 1) if f".layer.{i}." in f"{name}."}
+    freezing = LayerFreezing(by="unfreezing", begin=0.5, end=0.7, window=2)
+    # Two epochs are frozen, with a validation between them, which puts all into evaluation and back.
+    trainer = quiet_trainer(tmp_path, callbacks=[freezing], max_epochs=4, limit_val_batches=1, num_sanity_val_steps=0)
+    trainer.fit(module, text_loader(), text_loader())
+    assert "model.bert.embeddings.dropout" in below
+    assert "model.bert.encoder.layer.1.output.dropout" in frozen
+    thawed = next(d.step for d in decision_log(trainer) if d.knob == "frozen_layers" and d.new < 2)
+    assert thawed > len(text_loader())
+    assert module.in_evaluation[:thawed] == [below | frozen] * thawed
+    assert not module.in_evaluation[-1]
+
+
+def test_a_module_that_was_in_evaluation_mode_stays_so(tmp_path) -> None:
+    class Without(Modes):
+        """Does without one dropout of a layer that will be frozen."""
+
+        def on_train_start(self) -> None:
+            self.model.bert.encoder.layer[0].output.dropout.eval()
+
+    module = Without()
+    quiet_trainer(tmp_path, callbacks=[soon()], max_epochs=1).fit(module, text_loader(), text_loader())
+    assert len(module.in_evaluation[-1]) > 1
+    assert [name for name, part in module.named_modules() if not part.training] == [
+        "model.bert.encoder.layer.0.output.dropout"
+    ]
+
+
 def test_no_backward_runs_through_frozen_layers(tmp_path) -> None:
     ran: list[int] = []
 
