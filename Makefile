@@ -26,7 +26,7 @@ train: install  ## Train the quickstart within its budget (EXPERIMENT=... for an
 	$(BIN)/python train.py +experiment=$(EXPERIMENT)
 
 test: install  ## Run the tests but the slow ones (WORKERS=n processes)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: install  ## Run the slow tests
 	$(BIN)/python -m pytest -m slow
