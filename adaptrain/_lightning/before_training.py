@@ -1,11 +1,39 @@
-"""What there is to see before training begins: the data that fit was given, and what a module says of it."""
+"""What there is before training begins: the model, the data that fit was given, and what a module says of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def configure_model(trainer: Any, pl_module: Any) -> Callable[[], None] | None:
+    """Has a module make its layers in `setup`, which Lightning does right after it: whoever looks at them is too early.
+
+    It makes them once. The hook is to give the same layers when it is called again, as Lightning asks of it, but one
+    that does not would leave a callback with layers that are of no model.
+
+    Args:
+        trainer: The trainer, in `setup`.
+        pl_module: The module.
+
+    Returns:
+        A function that gives the hook back; None where there is no hook, or it was called for another callback.
+    """
+    hook = pl_module.configure_model
+    if hook is _configured or getattr(hook, "__qualname__", "") == "ModelHooks.configure_model":
+        return None
+    strategy, precision = trainer.strategy, trainer.precision_plugin
+    with strategy.tensor_init_context(), strategy.model_sharded_context(), precision.module_init_context():
+        hook()
+    pl_module.configure_model = _configured
+    return lambda: pl_module.__dict__.pop("configure_model", None)
+
+
+def _configured() -> None:
+    """Stands in for a hook that has been called."""
 
 
 def train_dataloader(trainer: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from adaptrain import _lightning
+from adaptrain._lightning.before_training import configure_model
 from adaptrain.decisions import Decision, DecisionLog
 
 _LOGS: WeakKeyDictionary[Any, DecisionLog] = WeakKeyDictionary()
@@ -62,7 +63,9 @@ class AdaptiveCallback(_lightning.Callback):
         return False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Opens the run's log on every rank, and refuses before training what cannot be served."""
+        """Has the model made, and refuses before training what cannot be served."""
+        if (undo := configure_model(trainer, pl_module)) is not None:
+            self.on_exit(undo)
         if stage == "fit":
             self.check(trainer, pl_module)
 

@@ -154,6 +154,7 @@ _SUPPORTED = (
     "BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT, ModernBERT, GPT-2, Llama, Mistral, Qwen2 and Qwen3 of"
     " Hugging Face, and T5 without its heads"
 )
+_NAME = "adaptrain_model"  # the attribute of a module that says which of several models is meant
 _REFUSED = {"albert": "its layers share one set of parameters, so that none of them can be given a width of its own"}
 
 
@@ -180,7 +181,8 @@ def find_family(module: nn.Module) -> Match:
     """Finds the model to prune: `module` itself or the outermost model inside of it.
 
     Args:
-        module: A model, or a module that holds one, as a LightningModule does.
+        module: A model, or a module that holds one, as a LightningModule does. One that holds several, such as a
+            student and its teacher, says which is meant by an attribute: `adaptrain_model = "student"`.
 
     Returns:
         The model and its family.
@@ -189,6 +191,7 @@ def find_family(module: nn.Module) -> Match:
         ConfigurationError: There is none, or more than one, or it is of an architecture that cannot be pruned; the
             message names the class.
     """
+    module = _named(module)
     found: dict[str, nn.Module] = {}
     averages: list[str] = []
     for path, candidate in module.named_modules():
@@ -204,8 +207,9 @@ def find_family(module: nn.Module) -> Match:
     if len(found) != 1:
         seen = ", ".join(f"{type(model).__name__} at '{path}'" for path, model in found.items()) or "none"
         raise ConfigurationError(
-            f"Pruning needs exactly one model in {type(module).__name__}, found {seen}. Supported: {_SUPPORTED};"
-            " declare another with adaptrain.pruning.families.register_family."
+            f"Pruning needs exactly one model in {type(module).__name__}, found {seen}."
+            + (f" Say in the module which one is meant: {_NAME} = {next(iter(found))!r}." if found else "")
+            + f" Supported: {_SUPPORTED}; declare another with adaptrain.pruning.families.register_family."
         )
     model = next(iter(found.values()))
     if hasattr(model, "get_base_model"):
@@ -223,6 +227,19 @@ def find_family(module: nn.Module) -> Match:
         f"{type(model).__name__} cannot be pruned: {why}. Supported: {_SUPPORTED};"
         " declare another with adaptrain.pruning.families.register_family."
     )
+
+
+def _named(module: nn.Module) -> nn.Module:
+    """Returns the part of a module that its `adaptrain_model` names; all of it where it names none."""
+    path = getattr(module, _NAME, None)
+    if path is None:
+        return module
+    try:
+        return module.get_submodule(path)
+    except (AttributeError, TypeError) as error:
+        raise ConfigurationError(
+            f"{_NAME} must be the path of a model in {type(module).__name__}, such as 'student', got {path!r}."
+        ) from error
 
 
 def _is_hugging_face(module: nn.Module) -> bool:

@@ -53,8 +53,8 @@ def sample_batches(loader: Any, count: int, *, size: int | None = None, hint: st
     own = _batch_size(loader)
     if collate is None or own is None:
         raise ConfigurationError(
-            f"Batches cannot be sampled from a {type(loader).__name__} over {type(dataset).__name__}: it needs a"
-            f" DataLoader over a dataset with a length. {hint}"
+            f"Batches cannot be sampled from {_described(loader)}: it needs a DataLoader over a dataset with a length."
+            f" {hint}"
         )
     size = min(own, size or own)
     count = min(count, len(dataset) // size)
@@ -73,6 +73,14 @@ def _batch_size(loader: Any) -> int | None:
     if size is None or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         return None
     return min(int(size), len(dataset))
+
+
+def _described(loader: Any) -> str:
+    dataset = getattr(loader, "dataset", None)
+    if dataset is not None:
+        return f"a {type(loader).__name__} over {type(dataset).__name__}"
+    loaders = " of loaders" if isinstance(loader, (Mapping, list, tuple)) else ""
+    return f"a {type(loader).__name__}{loaders}"
 
 
 def _length(batch: Any) -> int:

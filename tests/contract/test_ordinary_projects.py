@@ -10,9 +10,11 @@ from pytorch_lightning.callbacks import BaseFinetuning, StochasticWeightAveragin
 from torch.utils.data import DataLoader, IterableDataset
 
 import adaptrain
+from adaptrain.pruning.families import find_family
+from adaptrain.pruning.structure import is_pruned
 from tests.contract.runs import EPOCHS, STEPS, fit
 from tests.contract.settings import SETTINGS, Setting
-from tests.toys import TextModule, quiet_trainer, text_samples, tiny_bert
+from tests.toys import TextModule, quiet_trainer, text_samples, tiny_bert, weights
 
 each = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 PLANS_ALONG_THE_RUN = {"ProgressivePruning", "WeightPruning", "LayerFreezing", "ElasticTraining", "WeightSoup"}
@@ -34,6 +36,32 @@ class Unfreezes(BaseFinetuning):
 class PartlyOptimized(TextModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+class MakesItsModelLater(TextModule):
+    """Makes its model in Lightning's hook for it, and another one each time, which Lightning advises against."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Identity())
+
+    def configure_model(self) -> None:
+        self.model = tiny_bert(dropout=0.0)
+
+
+class WithItsOwnTeacher(TextModule):
+    """Two models of one architecture: one is trained, and hears from the other as well, which is not."""
+
+    adaptrain_model = "model"
+
+    def __init__(self) -> None:
+        super().__init__(tiny_bert(dropout=0.0))
+        self.teacher = tiny_bert(dropout=0.0).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        output, taught = self.model(**batch), self.teacher(**batch).logits
+        loss = output.loss + torch.nn.functional.mse_loss(output.logits, taught)
+        self.log("train/loss", loss, on_step=True, on_epoch=True)
+        return loss
 
 
 class Stream(IterableDataset[Any]):
@@ -67,6 +95,39 @@ def test_a_scheduler_may_be_made_in_the_middle_of_training(setting: Setting, tmp
     averaging = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=EPOCHS - 1)
     result = fit(tmp_path, [setting.build(), averaging])
     assert result["step"] == STEPS
+
+
+@each
+def test_a_model_may_be_made_in_the_hook_for_it(setting: Setting, tmp_path):
+    module = MakesItsModelLater()
+    result = fit(tmp_path, [setting.build()], module=module)
+    assert result["step"] == STEPS
+    assert setting.knobs <= {d["knob"] for d in result["decisions"] if d["applied"]}
+    assert "configure_model" not in vars(module)  # it has its hook back
+    if "structure" in setting.knobs:
+        assert any(map(is_pruned, module.modules()))
+
+
+@each
+def test_a_module_of_several_models_says_which_is_meant(setting: Setting, tmp_path):
+    module = WithItsOwnTeacher()
+    teacher = [parameter.clone() for parameter in module.teacher.parameters()]
+    result = fit(tmp_path, [setting.build()], module=module)
+    assert result["step"] == STEPS
+    assert setting.knobs <= {d["knob"] for d in result["decisions"] if d["applied"]}
+    assert all(torch.equal(old, new) for old, new in zip(teacher, module.teacher.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("build", [MakesItsModelLater, WithItsOwnTeacher])
+def test_what_was_pruned_in_such_a_module_is_resumed_and_loaded(build: Any, tmp_path):
+    pruning = SETTINGS["ProgressivePruning"]
+    whole, again = build(), build()
+    expected = fit(tmp_path, [pruning.build()], module=whole)
+    assert fit(tmp_path, [pruning.build()], module=again, resume=True)["weights"] == expected["weights"]
+    assert len(again.losses) == 2  # the checkpoint is of step 16
+    loaded = adaptrain.load_from_checkpoint(build, tmp_path / "checkpoints" / "last.ckpt")
+    assert len(weights(loaded)) == len(weights(whole))
+    assert find_family(loaded).model is loaded.model
 
 
 def stream(setting: Setting, folder: Any, arguments: Any, **settings: Any) -> Any:

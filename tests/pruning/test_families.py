@@ -17,6 +17,12 @@ from tests.pruning.models import MODELS, WITHOUT_HEADS
 from tests.toys import TextModule, tiny_bert
 
 
+def two_models(name: object) -> nn.Module:
+    module = nn.ModuleDict({"student": tiny_bert(), "teacher": tiny_bert(ffn=96)})
+    module.adaptrain_model = name  # type: ignore[assignment]
+    return module
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_is_found_inside_a_module(name) -> None:
     model = MODELS[name]()
@@ -29,6 +35,12 @@ def test_every_family_is_found_inside_a_module(name) -> None:
         expected = {"heads": 0, "queries": 0}
     for sizes in structures.dimensions(match):
         assert sizes == {**expected, "head_size": 8 if expected["heads"] else 0, "ffn": 64, "hidden": 32}
+
+
+def test_of_several_models_it_is_the_one_that_the_module_names() -> None:
+    module = two_models("teacher")
+    assert find_family(module).model is module["teacher"]
+    assert structures.dimensions(find_family(copy.deepcopy(module)))[0]["ffn"] == 96
 
 
 def test_a_backbone_without_a_head_is_found() -> None:
@@ -58,7 +70,13 @@ def test_the_dense_twin_stays_dense_and_leaves_the_random_state() -> None:
     ("build", "seen"),
     [
         (lambda: nn.Linear(2, 2), "found none"),
-        (lambda: nn.ModuleList([tiny_bert(), tiny_bert()]), "BertForSequenceClassification at '0'"),
+        (
+            lambda: nn.ModuleList([tiny_bert(), tiny_bert()]),
+            "BertForSequenceClassification at '0'.*Say in the module which one is meant: adaptrain_model = '0'",
+        ),
+        (lambda: two_models("techer"), "must be the path of a model in ModuleDict, such as 'student', got 'techer'"),
+        (lambda: two_models(1), "must be the path of a model in ModuleDict, such as 'student', got 1"),
+        (lambda: two_models(""), "BertForSequenceClassification at 'student'"),
         (
             lambda: AlbertForSequenceClassification(
                 AlbertConfig(hidden_size=32, num_attention_heads=4, intermediate_size=64, vocab_size=64)

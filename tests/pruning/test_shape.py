@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from adaptrain import ConfigurationError
 from adaptrain.pruning.shape import typical_shape
-from tests.toys import text_samples
+from tests.toys import text_loader, text_samples
 
 
 def pad(samples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -58,9 +58,17 @@ class Stream(IterableDataset):
         return iter(text_samples(4))
 
 
-@pytest.mark.parametrize("loader", [DataLoader(Stream(), batch_size=2), [torch.ones(2, 2)], None])
-def test_where_it_cannot_be_read_it_asks_for_it(loader) -> None:
-    with pytest.raises(ConfigurationError, match="latency_input="):
+@pytest.mark.parametrize(
+    ("loader", "seen"),
+    [
+        (DataLoader(Stream(), batch_size=2), "a DataLoader over Stream:"),
+        ([torch.ones(2, 2)], "a list of loaders:"),
+        ({"reviews": text_loader()}, "a dict of loaders:"),
+        (None, "a NoneType:"),
+    ],
+)
+def test_where_it_cannot_be_read_it_says_what_it_saw_and_asks_for_it(loader, seen) -> None:
+    with pytest.raises(ConfigurationError, match=f"from {seen}.*latency_input="):
         typical_shape(loader)
 
 
