@@ -117,6 +117,11 @@ class LearningRateController(AdaptiveCallback):
                 "LearningRateController does not serve LBFGS: it runs the closure several times in one step."
                 " Use a first-order optimizer such as AdamW, or leave this callback out."
             )
+        if not optimizer.param_groups:
+            raise ConfigurationError(
+                f"There is no rate to control: {type(pl_module).__name__}.configure_optimizers returned no optimizer."
+                " Return one, or leave LearningRateController out."
+            )
         self._multiplier = build_multiplier(
             kind=update_kind(optimizer),
             own_rate=sets_own_rate(optimizer),

@@ -479,6 +479,16 @@ def test_refuses_lbfgs_and_manual_optimization(tmp_path):
         train(tmp_path, Manual(), LearningRateController())
 
 
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_refuses_a_module_without_an_optimizer(tmp_path):
+    class Idle(Scheduled):
+        def configure_optimizers(self):
+            return None
+
+    with pytest.raises(ConfigurationError, match=r"Idle\.configure_optimizers returned no optimizer"):
+        train(tmp_path, Idle(), LearningRateController())
+
+
 def test_plateau_watches_a_validation_metric_and_refuses_one_that_is_not_logged(tmp_path):
     class Validated(Scheduled):
         def validation_step(self, batch, batch_idx):
