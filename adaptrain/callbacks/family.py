@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from adaptrain import _lightning
 from adaptrain._lightning.structure import forget_compiled
-from adaptrain.callbacks.after_training import validate_again
+from adaptrain.callbacks.after_training import attempt_together, validate_again
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.callbacks.family_recovery import check_recovery, describe_recovery, recover
 from adaptrain.errors import ConfigurationError
@@ -164,7 +164,7 @@ class FamilyCheckpoint(AdaptiveCallback):
                 for name, structure in getattr(other, "family_structures", list)():
                     self._keep(trainer, name, structure)
             if self._store is not None:
-                self._validate(trainer, pl_module, self._store)
+                self._judge(trainer, pl_module, self._store)
                 if _lightning.is_rank_zero(trainer):
                     self._measure(trainer, self._store)
                     self._keep_samples(trainer, self._store)
@@ -196,9 +196,23 @@ class FamilyCheckpoint(AdaptiveCallback):
             offer=False,
         )
 
-    def _validate(self, trainer: Any, pl_module: Any, store: FamilyStore) -> None:
-        """Validates every member that was not yet, and recovers them, in the live module, which ends as it was."""
+    def _judge(self, trainer: Any, pl_module: Any, store: FamilyStore) -> None:
+        """Validates and recovers the members, where there is memory for it."""
         members = _lightning.broadcast(trainer, store.members() if _lightning.is_rank_zero(trainer) else None)
+        # It is rebuilt, and the live model takes its place while its own weights wait.
+        needed = 2 * max(member["size_bytes"] for member in members)
+        _, lack = attempt_together(
+            lambda: self._validate(trainer, pl_module, store, members), pl_module, host_bytes=needed
+        )
+        if lack is not None:
+            _log.warning(
+                "There is no memory to validate all members of the family (%s), so not all are ranked. To do what is"
+                " left, fit again from the last checkpoint.",
+                lack,
+            )
+
+    def _validate(self, trainer: Any, pl_module: Any, store: FamilyStore, members: list[dict[str, Any]]) -> None:
+        """Validates every member that was not yet, and recovers them, in the live module, which ends as it was."""
         with self._put_back(pl_module):
             for member in members:
                 if member["metrics"]:

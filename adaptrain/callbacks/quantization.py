@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adaptrain import _lightning
 from adaptrain._lightning.structure import before_hook, forget_compiled
-from adaptrain.callbacks.after_training import validate_again
+from adaptrain.callbacks.after_training import attempt_together, validate_again
 from adaptrain.callbacks.base import AdaptiveCallback
 from adaptrain.compression.ao import check_installed
 from adaptrain.compression.aware import AWARE_METHODS, train_rounded
@@ -26,7 +26,7 @@ from adaptrain.compression.quantization import (
     save_quantized,
 )
 from adaptrain.errors import ConfigurationError
-from adaptrain.execution.oom import attempt, weights_on_host
+from adaptrain.execution.oom import weights_on_host
 from adaptrain.family.about import find_tokenizer
 from adaptrain.family.metric import choose_metric
 from adaptrain.policies.learning_rate.build import metric_mode
@@ -204,13 +204,12 @@ class Quantization(AdaptiveCallback):
             )
 
         # A copy as it is, and one more that is rounded or timed.
-        quantized, lack = attempt(choose, host_bytes=2 * weights_on_host(match.model))
-        lost = _lightning.all_reduce([float(quantized is None)], op="max", device=pl_module.device)[0]
-        if quantized is None or lost:
+        quantized, lack = attempt_together(choose, pl_module, host_bytes=2 * weights_on_host(match.model))
+        if quantized is None:
             _log.warning(
                 "There is no memory to hold and measure the model in lower precision (%s), so there is no such copy."
                 " adaptrain.compression.quantize makes one of a trained model.",
-                lack or "on another rank",
+                lack,
             )
             return
         # Ranks measure other times, and one of them decides; each has built the same models.

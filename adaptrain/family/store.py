@@ -231,6 +231,8 @@ class FamilyStore:
         try:
             with safe_open(str(self.folder / file), framework="pt") as opened:
                 return {key: opened.get_tensor(key) for key in keys}
+        except MemoryError:
+            raise
         except Exception as error:  # missing, cut short, or of something else: each raises its own
             raise ConfigurationError(
                 f"{self.folder / file}, which holds weights of the family, cannot be read: {error}"

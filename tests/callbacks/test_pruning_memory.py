@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 from typing import Any
 
@@ -114,6 +115,57 @@ def test_a_family_without_memory_to_be_measured_side_by_side_is_measured_when_th
     assert [member.name for member in family] == ["dense", "pruned-1", "final"]
     assert not any(member.costs for member in family)
     assert all(found["latency_ms"] > 0 for found in family.measure().values())
+
+
+class CrampedValidation(FamilyCheckpoint):
+    """Something else takes the memory before members are validated, or while it is the turn of the last one.
+
+    Args:
+        before: Bytes that are free before.
+        last: Bytes that are free for the last one; None: as many as there are.
+    """
+
+    def __init__(self, before: int, last: int | None = None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.before, self.last = before, last
+
+    def _judge(self, trainer: Any, pl_module: Any, store: Any) -> None:
+        with room(self.before):
+            super()._judge(trainer, pl_module, store)
+
+    def _become(self, pl_module: Any, store: Any, member: Any) -> None:
+        cramped = self.last is not None and member["name"] == "final"
+        with room(self.last or 0) if cramped else contextlib.nullcontext():
+            super()._become(pl_module, store, member)
+
+
+class Validated(Wide):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self.model(**batch).loss)
+
+
+@pytest.mark.parametrize(
+    ("before", "last", "validated", "lack"),
+    [
+        pytest.param(WEIGHTS // 3, None, 0, r"it takes 0\.\d+ GiB", id="not begun"),
+        # Too little to map the last one's file.
+        pytest.param(8 * WEIGHTS, WEIGHTS // 24, 2, r"[^)]*allocate", id="in the middle"),
+    ],
+)
+def test_members_that_there_is_no_memory_to_validate_are_not_lost(
+    before: int, last: int | None, validated: int, lack: str, tmp_path, caplog
+) -> None:
+    pruning = ProgressivePruning(target={"params": 0.5}, schedule=SCHEDULE)
+    family = CrampedValidation(before, last, latency_input=(1, 4), monitor="val/loss", validation_samples=0)
+    trainer, module = quiet_trainer(tmp_path, callbacks=[pruning, family], max_epochs=1), Validated(WEIGHTS // 3)
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(module, text_loader(), text_loader())
+    assert re.search(rf"no memory to validate all members of the family \({lack}.*fit again", caplog.text)
+    found = ModelFamily.load(tmp_path)
+    assert [member.name for member in found] == ["dense", "pruned-1", "final"]
+    assert sum(member.metric is not None for member in found) == validated
+    final = found["final"].model().state_dict()
+    assert all(torch.equal(value, final[name]) for name, value in module.model.state_dict().items())
 
 
 def test_without_memory_for_lower_precision_the_run_ends_without(tmp_path, caplog) -> None:
