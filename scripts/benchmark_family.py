@@ -174,7 +174,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         )
         axes.plot(*zip(*points, strict=True), marker=marker, linestyle=style or "none", label=name, alpha=0.8)
     axes.set_xscale("log")
-    ticks = [0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0]
+    slowest = max(1.0, *(row.get("latency", 1.0) for row in rows))
+    ticks = [tick for tick in (0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0, 5.0, 10.0) if tick <= slowest]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("measured latency, as a fraction of the dense model's")
