@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adaptrain.compression import structured
 from adaptrain.errors import ConfigurationError
+from adaptrain.execution.oom import is_out_of_memory
 from adaptrain.pruning import cost
 from adaptrain.pruning.families import find_family
 from adaptrain.pruning.family import Match
@@ -231,9 +232,9 @@ class FamilyStore:
         try:
             with safe_open(str(self.folder / file), framework="pt") as opened:
                 return {key: opened.get_tensor(key) for key in keys}
-        except MemoryError:
-            raise
         except Exception as error:  # missing, cut short, or of something else: each raises its own
+            if is_out_of_memory(error):
+                raise
             raise ConfigurationError(
                 f"{self.folder / file}, which holds weights of the family, cannot be read: {error}"
             ) from error
